@@ -1,0 +1,324 @@
+"""`Method`: the base of featurizers, scorers and selectors. The object is the config, and one file is one method."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform
+
+import numpy as np
+import pydantic
+
+from assay.core.errors import InputError, nearest
+from assay.core.keys import digest_sources
+from assay.core.pool import Pool
+from assay.core.selection import Budget, Selection
+from assay.core.table import Table
+
+Positive = Annotated[float, pydantic.Field(gt=0)]
+NonNegative = Annotated[float, pydantic.Field(ge=0)]
+Count = Annotated[int, pydantic.Field(ge=1)]
+Cost = Literal["none", "text", "forward", "gradient", "retrain"]
+M = TypeVar("M", bound="Method")
+
+
+class Batch(Protocol):
+    """What a method sees of a few examples. Everything is read when it is asked for."""
+
+    ids: np.ndarray
+
+    def column(self, name: str) -> list[Any]:
+        """Values of a pool column."""
+        ...
+
+    def table(self, method: Method) -> np.ndarray:
+        """Rows `[b, d]` of the Table that a nested method made."""
+        ...
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The task's tensors for these examples."""
+        ...
+
+
+class Context(Protocol):
+    """What a method may ask for in `init`: everything, once."""
+
+    pool: Pool
+    target: Pool
+    task: Any
+    models: list[dict[str, Any]]
+    trained_on: int
+    seed: int
+
+    def table(self, method: Method) -> Table:
+        """The Table of a nested method over the pool."""
+        ...
+
+    def target_table(self, method: Method) -> Table:
+        """The Table of a nested method over the half of the target that selects."""
+        ...
+
+    def members(self, method: M) -> list[M]:
+        """One copy of a nested method for each scoring model (its `model` field set)."""
+        ...
+
+    def encoded(self, pool: Pool) -> Any:
+        """A pool as the task reads it."""
+        ...
+
+    def batches(self, pool: Pool) -> typing.Iterator[Batch]:
+        """Model-sized batches over the pool or the selecting half, in a fixed order."""
+        ...
+
+    def spent(self, flops: float) -> None:
+        """Enter floating-point operations in the compute ledger."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Tell the user; the message also goes into the report."""
+        ...
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Method:
+    """A frozen, keyword-only dataclass whose fields are its options, its repr and its cache key.
+
+    A class is abstract (declared with `abstract=True`) or final: methods are tweaked by wrapping, as a field, never by
+    subclassing. A field typed with a `Method` subclass takes an object, a name, or a table with a name and options.
+    """
+
+    package: ClassVar[str] = ""
+    abstract: ClassVar[bool] = True
+
+    def __init_subclass__(cls, *, abstract: bool = False) -> None:
+        super().__init_subclass__()
+        for base in cls.__mro__[1:]:
+            if issubclass(base, Method) and not base.__dict__.get("abstract", False):
+                raise TypeError(
+                    f"{base.__name__} is final: hold it in a field of {cls.__name__} instead of subclassing it"
+                )
+        cls.abstract = abstract
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        if type(self).abstract:
+            raise TypeError(f"{type(self).__name__} is abstract")
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _coerce(self, name, hint, getattr(self, name)))
+
+    @property
+    def name(self) -> str:
+        """The file's name, or the dotted module for a method from elsewhere."""
+        module = type(self).__module__
+        return module.removeprefix(type(self).package + ".")
+
+    def spec(self) -> dict[str, Any]:
+        """Name and options as plain JSON; `make` is the inverse."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {k: v.spec() if isinstance(v, Method) else v for k, v in fields.items()}
+        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}}
+
+    def children(self) -> list[Method]:
+        """The methods held in fields: they are computed first."""
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return [v for v in values if isinstance(v, Method)]
+
+    def code(self) -> str:
+        """Hash of the method's own source file and of `numerics`: an edit makes stored results stale."""
+        file = Path(inspect.getfile(type(self)))
+        return digest_sources(file, Path(__file__).parents[1] / "numerics")
+
+
+class Featurizer(Method, abstract=True):
+    """Examples to vectors. `init` sees everything once; `featurize` is pure, per batch, `[b, d]`."""
+
+    package: ClassVar[str] = "assay.features"
+    cost: ClassVar[Cost] = "forward"
+
+    def columns(self, state: Any) -> tuple[str, ...]:
+        """Names of the d columns."""
+        raise AssertionError
+
+    def init(self, context: Context) -> Any:
+        """A small picklable state."""
+        return None
+
+    def featurize(self, state: Any, batch: Batch) -> Any:
+        """`[b, d]` numbers for a batch of b examples."""
+        raise AssertionError
+
+
+class Scorer(Method, abstract=True):
+    """Examples to scores, higher = keep. `init` sees everything once; `score` is pure, per batch, `[b]` or `[b, c]`.
+
+    `unit` says what the number means. For measured utility: -d target loss / d weight, positive = adding it helps.
+    """
+
+    package: ClassVar[str] = "assay.scorers"
+    cost: ClassVar[Cost] = "text"
+    unit: ClassVar[str] = "arbitrary"
+    measures_utility: ClassVar[bool] = False
+    passes: ClassVar[float] = 1.0
+    """How many times the work of its cost class one example takes: 2 for two forward passes."""
+
+    def init(self, context: Context) -> Any:
+        """A small picklable state."""
+        return None
+
+    def columns(self, state: Any) -> tuple[str, ...]:
+        """Names of the c columns; the first is what is cut by default."""
+        return ("score",)
+
+    def score(self, state: Any, batch: Batch) -> Any:
+        """`[b]` or `[b, c]` numbers for a batch of b examples."""
+        raise AssertionError
+
+
+class Selector(Method, abstract=True):
+    """A Table of scores to a Selection under a budget."""
+
+    package: ClassVar[str] = "assay.selectors"
+
+    def select(
+        self, scores: Table, sizes: np.ndarray, budget: Budget, *, barred: Mapping[str, np.ndarray]
+    ) -> Selection:
+        """Choose ids. `sizes` [n] are tokens (or ones); `barred` maps a reason to ids that may not be chosen."""
+        raise AssertionError
+
+
+KINDS: dict[str, type[Method]] = {"featurizer": Featurizer, "scorer": Scorer, "selector": Selector}
+
+
+def _hints(cls: type[Method]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _method_type(hint: Any) -> type[Method] | None:
+    """The Method subclass in a hint such as `Featurizer` or `Scorer | None`."""
+    options = typing.get_args(hint) or (hint,)
+    kinds = [o for o in options if isinstance(o, type) and issubclass(o, Method)]
+    return kinds[0] if kinds else None
+
+
+def _coerce(method: Method, name: str, hint: Any, value: Any) -> Any:
+    kind = _method_type(hint)
+    if kind is not None:
+        optional = type(None) in typing.get_args(hint)
+        return None if optional and value is None else make(kind, value)
+    try:
+        return pydantic.TypeAdapter(hint).validate_python(value)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"option {name!r} of {method.name!r} cannot be {value!r}", why=first["msg"], fix=f"it takes {_show(hint)}"
+        ) from error
+
+
+def _show(hint: Any) -> str:
+    """A type as users read it."""
+    kind = _method_type(hint)
+    if kind is not None:
+        return kind.__name__.lower()
+    if typing.get_origin(hint) is Annotated:
+        base, *notes = typing.get_args(hint)
+        return " ".join([_show(base), *(str(m) for n in notes for m in getattr(n, "metadata", []))])
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(repr(a) for a in typing.get_args(hint))
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return hint.__name__
+    return re.sub(r"\btyping\.|NoneType", lambda m: "None" if m.group() == "NoneType" else "", str(hint))
+
+
+def discover(kind: type[M]) -> dict[str, type[M]]:
+    """Every method of a kind: one for each file in its package. Dropping in a file is all it takes."""
+    package = importlib.import_module(kind.package)
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    return {name: _load(kind, f"{kind.package}.{name}") for name in sorted(names)}
+
+
+def _load(kind: type[M], module_name: str) -> type[M]:
+    module = importlib.import_module(module_name)
+    found = [
+        value for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, kind) and value.__module__ == module_name and not value.abstract
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise InputError(
+            f"module {module_name} defines {len(found)} methods of kind {kind.__name__.lower()}",
+            fix=f"keep exactly one `class Name({kind.__name__})` in the file",
+        )
+    return found[0]
+
+
+def find(kind: type[M], name: str) -> type[M]:
+    """The class of a method by file name, or by dotted module for one from elsewhere."""
+    if "." in name:
+        try:
+            return _load(kind, name)
+        except ModuleNotFoundError as error:
+            raise InputError(f"no module {name!r}", why=str(error), fix="check PYTHONPATH and the spelling") from error
+    package = importlib.import_module(kind.package)
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    if name not in names:
+        raise InputError(f"unknown {kind.__name__.lower()} {name!r}", fix=nearest(name, names))
+    return _load(kind, f"{kind.package}.{name}")
+
+
+def make(kind: type[M], spec: Any) -> M:
+    """A method from an object, a name, or a mapping `{name, option: value, ...}`.
+
+    Raises `InputError` for an unknown method or option, naming the nearest, and for values of the wrong type.
+    """
+    if isinstance(spec, kind):
+        return spec
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping) or "name" not in spec:
+        raise InputError(
+            f"not a {kind.__name__.lower()}: {spec!r}", fix="give a name, or a table with a name and options"
+        )
+    options = dict(spec)
+    cls = find(kind, str(options.pop("name")))
+    known = [f.name for f in dataclasses.fields(cls)]
+    for option in options:
+        if option not in known:
+            raise InputError(f"{spec['name']!r} has no option {option!r}", fix=nearest(option, known))
+    return cls(**options)
+
+
+def describe(cls: type[Method]) -> dict[str, Any]:
+    """What `assay methods` prints: summary, formula, unit, reference and options, read from the class."""
+    doc = inspect.getdoc(cls) or ""
+    named = dict(re.findall(r"^(Formula|Reference|Needs|Note): (.+(?:\n    .+)*)", doc, flags=re.MULTILINE))
+    options = []
+    for field in dataclasses.fields(cls):
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+        default = made if field.default is dataclasses.MISSING else field.default
+        options.append({"name": field.name, "type": _show(_hints(cls)[field.name]), "default": default})
+    kind = next(name for name, base in KINDS.items() if issubclass(cls, base))
+    return {
+        "name": cls.__module__.removeprefix(cls.package + "."),
+        "kind": kind,
+        "summary": doc.split("\n")[0],
+        "formula": " ".join(named.get("Formula", "").split()),
+        "reference": " ".join(named.get("Reference", "").split()),
+        "note": " ".join(named.get("Note", "").split()),
+        "unit": getattr(cls, "unit", ""),
+        "cost": getattr(cls, "cost", "none"),
+        "measures_utility": getattr(cls, "measures_utility", False),
+        "options": options,
+    }
+
+
+def is_loaded(package: str) -> bool:
+    """Whether a heavy package was imported already in this process."""
+    return package in sys.modules

@@ -1,0 +1,249 @@
+"""`Pool`: ordered, immutable, lazy examples with stable ids and named columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from assay.core.errors import InputError, nearest
+from assay.core.keys import decode_ids, digest, encode_ids, write_json
+
+# Columns whose bytes make the content id, in this order, when they are present.
+CONTENT = ("text", "image", "pixels", "label")
+FORMAT = 1
+
+
+def content_id(fields: Sequence[Any]) -> str:
+    """xxh3-128 of an example's mapped fields. Equal content gives an equal id, whatever the file or the row."""
+    hasher = xxhash.xxh3_128()
+    for field in fields:
+        data = field if isinstance(field, bytes) else str(field).encode("utf-8", "surrogatepass")
+        hasher.update(len(data).to_bytes(8, "little"))
+        hasher.update(data)
+    return hasher.hexdigest()
+
+
+def row_ids(contents: Sequence[str]) -> list[str]:
+    """Distinct ids for rows whose content ids may repeat: the first keeps it, later ones get `-1`, `-2`, ...
+
+    >>> row_ids(["a", "b", "a"])
+    ['a', 'b', 'a-1']
+    """
+    seen: dict[str, int] = {}
+    ids = []
+    for content in contents:
+        count = seen.get(content, 0)
+        seen[content] = count + 1
+        ids.append(f"{content}-{count}" if count else content)
+    return ids
+
+
+class _MemoryRows:
+    """Rows of one Arrow table held in memory."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table, self.names, self.shard_rows = table, tuple(table.column_names), max(1, table.num_rows)
+
+    def shard(self, index: int, column: str) -> pa.ChunkedArray:
+        return self.table[column]
+
+
+class _FileRows:
+    """Rows of Parquet shards of equal size; the columns of one shard at a time are in memory."""
+
+    def __init__(self, path: Path, names: tuple[str, ...], shard_rows: int) -> None:
+        self.path, self.names, self.shard_rows = path, names, shard_rows
+        self._cached: dict[str, tuple[int, pa.ChunkedArray]] = {}
+
+    def shard(self, index: int, column: str) -> pa.ChunkedArray:
+        held = self._cached.get(column)
+        if held is None or held[0] != index:
+            file = self.path / shard_name(index)
+            held = index, pq.read_table(file, columns=[column], use_threads=False)[column]
+            self._cached[column] = held
+        return held[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": {}}
+
+
+def shard_name(index: int) -> str:
+    return f"rows-{index:05d}.parquet"
+
+
+class Pool:
+    """Examples in order, each with an id that never changes under filtering.
+
+    `pool.ids` is a numpy array of bytes, `pool.column("text")` a list of values read when asked for;
+    `take` and `at` give views that share the stored rows. Two pools with the same rows in the same order have the
+    same `fingerprint`.
+
+    >>> pool = Pool.from_columns({"text": ["one", "two", "one"]})
+    >>> len(pool), pool.column("text"), [i[-2:] for i in pool.ids.tolist()][2]
+    (3, ['one', 'two', 'one'], b'-1')
+    """
+
+    def __init__(self, store: _MemoryRows | _FileRows, ids: np.ndarray, contents: np.ndarray, rows: np.ndarray) -> None:
+        assert len(ids) == len(contents) == len(rows)
+        self._store, self.ids, self.contents, self._rows = store, ids, contents, rows
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Sequence[Any]] | pa.Table) -> Pool:
+        """A pool in memory. An `id` column, when given, must hold distinct strings."""
+        table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+        fields = [table[name].to_pylist() for name in CONTENT if name in table.column_names]
+        contents = [content_id(values) for values in zip(*fields, strict=True)]
+        ids = table["id"].to_pylist() if "id" in table.column_names else row_ids(contents)
+        if len(set(ids)) != len(ids):
+            raise InputError("the id column repeats ids", why="rows are joined by id", fix="drop the column or mend it")
+        return cls(_MemoryRows(table), encode_ids(ids), encode_ids(contents), np.arange(len(ids)))
+
+    @classmethod
+    def open(cls, path: Path) -> Pool:
+        """A pool written by `PoolWriter`; only ids are read now."""
+        info = json.loads((path / "pool.json").read_text())
+        assert info["format"] == FORMAT, f"{path} has format {info['format']}, this is {FORMAT}"
+        store = _FileRows(path, tuple(info["columns"]), info["shard_rows"])
+        ids = np.load(path / "ids.npy", allow_pickle=False)
+        contents = np.load(path / "contents.npy", allow_pickle=False)
+        return cls(store, ids, contents, np.arange(len(ids)))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"Pool({len(self)} rows, columns {', '.join(self.columns)})"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self._store.names
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of ids and contents in order: what stages are keyed by."""
+        return digest(len(self), xxhash.xxh3_128_hexdigest(b"\n".join(self.ids.tolist())),
+                      xxhash.xxh3_128_hexdigest(b"\n".join(self.contents.tolist())))  # fmt: skip
+
+    def column(self, name: str) -> list[Any]:
+        """Values of one column in this pool's order. Raises `InputError` for an unknown name."""
+        if name not in self.columns:
+            raise InputError(f"the pool has no column {name!r}", fix=nearest(name, self.columns))
+        shards = self._rows // self._store.shard_rows
+        values: list[Any] = [None] * len(self)
+        for shard in np.unique(shards):
+            where = np.flatnonzero(shards == shard)
+            array = self._store.shard(int(shard), name)
+            picked = array.take(pa.array(self._rows[where] - shard * self._store.shard_rows))
+            for position, value in zip(where, picked.to_pylist(), strict=True):
+                values[position] = value
+        return values
+
+    def domains(self) -> np.ndarray:
+        """The `domain` column as an array of strings; one domain `all` when there is none."""
+        if "domain" not in self.columns:
+            return np.full(len(self), "all")
+        return np.array([str(d) or "(none)" for d in self.column("domain")])
+
+    def at(self, positions: np.ndarray | Sequence[int] | slice) -> Pool:
+        """The rows at these positions, in the order given; ids stay."""
+        index = (
+            np.arange(len(self))[positions] if isinstance(positions, slice) else np.asarray(positions, dtype=np.int64)
+        )
+        return Pool(self._store, self.ids[index], self.contents[index], self._rows[index])
+
+    def take(self, ids: Iterable[str | bytes]) -> Pool:
+        """The rows with these ids, in the order given. Raises `InputError` for an unknown id."""
+        return self.at(positions(self.ids, encode_ids(ids)))
+
+    def shards(self, size: int) -> Iterator[Pool]:
+        """Consecutive views of `size` rows (the last may be shorter)."""
+        for start in range(0, len(self), size):
+            yield self.at(slice(start, start + size))
+
+
+def positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each wanted id stands in `known`: the join of the whole house. Raises `InputError` for an unknown id."""
+    if len(wanted) == 0:
+        return np.zeros(0, dtype=np.int64)
+    order = np.argsort(known, kind="stable")
+    found = np.searchsorted(known, wanted, sorter=order) if len(known) else np.zeros(len(wanted), dtype=np.int64)
+    index = order[np.minimum(found, len(known) - 1)] if len(known) else found
+    wrong = np.flatnonzero(known[index] != wanted) if len(known) else np.arange(len(wanted))
+    if len(wrong):
+        raise InputError(
+            f"{len(wrong)} of {len(wanted)} ids are not here, the first is {decode_ids(wanted[wrong[:1]])[0]!r}",
+            why="rows are joined by id, never by position",
+            fix="check that both come from the same pool",
+        )
+    return index
+
+
+class PoolWriter:
+    """Streams Arrow tables into a directory that `Pool.open` reads. Constant memory but for ids (about 100 B a row).
+
+    Rows with an id that was used before are returned by `write` as positions, for the caller to quarantine.
+    """
+
+    def __init__(self, path: Path, *, shard_rows: int = 2048) -> None:
+        self.path, self.shard_rows = path, shard_rows
+        self.ids: list[str] = []
+        self.contents: list[str] = []
+        self._used: dict[str, int] = {}
+        self._seen: dict[str, int] = {}
+        self._pending: list[pa.Table] = []
+        self._shards = 0
+        self._names: tuple[str, ...] = ()
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, table: pa.Table) -> list[int]:
+        """Append rows; returns the positions in `table` whose user-given id repeats an earlier one (not written)."""
+        fields = [table[name].to_pylist() for name in CONTENT if name in table.column_names]
+        contents = [content_id(values) for values in zip(*fields, strict=True)]
+        given = table["id"].to_pylist() if "id" in table.column_names else None
+        kept, repeated = [], []
+        for row, content in enumerate(contents):
+            if given is None:
+                count = self._seen.get(content, 0)
+                self._seen[content] = count + 1
+                name = f"{content}-{count}" if count else content
+            else:
+                name = given[row]
+                if name in self._used:
+                    repeated.append(row)
+                    continue
+                self._used[name] = len(self.ids)
+            kept.append(row)
+            self.ids.append(name)
+            self.contents.append(content)
+        self._names = self._names or tuple(table.column_names)
+        self._pending.append(table.take(pa.array(kept, pa.int64())) if repeated else table)
+        self._flush(self.shard_rows)
+        return repeated
+
+    def _flush(self, at_least: int) -> None:
+        rows = sum(t.num_rows for t in self._pending)
+        if not rows or rows < at_least:
+            return
+        table = pa.concat_tables(self._pending)
+        while table.num_rows >= at_least and table.num_rows:
+            pq.write_table(table.slice(0, self.shard_rows), self.path / shard_name(self._shards), compression="zstd")
+            self._shards += 1
+            table = table.slice(self.shard_rows)
+        self._pending = [table] if table.num_rows else []
+
+    def finish(self, **info: Any) -> Pool:
+        """Write what is left and the index; `info` is kept in `pool.json`."""
+        self._flush(1)
+        np.save(self.path / "ids.npy", encode_ids(self.ids), allow_pickle=False)
+        np.save(self.path / "contents.npy", encode_ids(self.contents), allow_pickle=False)
+        about = {"format": FORMAT, "columns": list(self._names), "shard_rows": self.shard_rows, "rows": len(self.ids)}
+        write_json(self.path / "pool.json", {**about, **info})
+        return Pool.open(self.path)

@@ -1,0 +1,259 @@
+"""`Run`: a directory that says all about how it was made, continues when killed, and replays itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from assay.core.errors import InputError
+from assay.core.keys import digest, write_json
+
+FORMAT = 1
+
+
+class Ledger:
+    """What a step costs: wall and CPU seconds of the process tree, floating-point operations, peak memory."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self.flops = 0.0
+
+    def spent(self, flops: float) -> None:
+        self.flops += float(flops)
+
+
+class Run:
+    """A study's directory. `step` is its one verb: compute once, keep by the hash of everything that went in.
+
+    study.json        the resolved study, and the format of this directory
+    environment.json  versions and machine
+    steps/<name>-<key>/   results; `<name>-<key>.part` while they are made
+    result.json       written last, with the report
+    DONE              the run is complete
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.ledger: list[dict[str, Any]] = []
+        self.used: list[str] = []
+        self._nested: list[dict[str, float]] = []
+        self._lock: Any = None
+
+    @classmethod
+    def open(cls, path: Path, study: dict[str, Any], *, replace: bool = False) -> Run:
+        """Create the directory, or continue the run of the same study in it.
+
+        Raises `InputError` when it holds another study (both sides of each difference are printed), another format,
+        something that is no run, or cannot be written.
+        """
+        run = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / ".probe").write_text("")
+            (path / ".probe").unlink()
+        except OSError as error:
+            raise InputError(
+                "the output directory cannot be written", where=path, why=str(error), fix="choose another --out"
+            ) from error
+        run._acquire()
+        known = path / "study.json"
+        if known.exists():
+            run._compare(known, study, replace)
+        elif any(p.name not in (".lock",) and not p.name.endswith(".tmp") for p in path.iterdir()):
+            raise InputError(
+                "the output directory holds something else",
+                where=path,
+                why="no study.json in it",
+                fix="choose an empty or new --out",
+            )
+        (path / "DONE").unlink(missing_ok=True)
+        write_json(known, {"format": FORMAT, "study": study})
+        write_json(path / "environment.json", environment())
+        (path / "steps").mkdir(exist_ok=True)
+        return run
+
+    def _acquire(self) -> None:
+        """One process at a time works in a directory; the lock falls with the process, however it ends."""
+        import fcntl
+
+        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                "another process is working in this run", where=self.path, fix="wait for it, or choose another --out"
+            ) from error
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _compare(self, known: Path, study: dict[str, Any], replace: bool) -> None:
+        try:
+            held = json.loads(known.read_text())
+            version = held["format"]
+        except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+            raise InputError("unreadable run", where=known, why=str(error), fix="choose another --out") from error
+        if version != FORMAT:
+            raise InputError(
+                f"this run was written in format {version}, this version of assay reads format {FORMAT}",
+                where=self.path, fix="choose another --out, or use the version of assay named in environment.json",
+            )  # fmt: skip
+        changes = differences(held["study"], json.loads(json.dumps(study)))
+        if changes and not replace:
+            raise InputError(
+                "the directory holds the run of another study",
+                where=self.path,
+                why="\n         ".join(f"{key}: there {old!r}, now {new!r}" for key, old, new in changes),
+                fix="choose another --out, or pass --replace (steps whose inputs did not change are kept)",
+            )
+
+    def step(self, name: str, key: Any, build: Callable[[Path, Ledger], None], *, label: str = "") -> Path:
+        """The directory of a step's result, computed by `build(folder, ledger)` unless it is there.
+
+        `key` is everything the result depends on. `build` may find its own leftovers in the folder and go on from them.
+        """
+        final, part, full = self.place(name, key)
+        if not (final / "step.json").exists():
+            part.mkdir(parents=True, exist_ok=True)
+            ledger = Ledger()
+            self._nested.append({"wall": 0.0, "cpu": 0.0})
+            with Meter() as meter:
+                build(part, ledger)
+            inner = self._nested.pop()
+            if self._nested:
+                self._nested[-1]["wall"] += meter.wall
+                self._nested[-1]["cpu"] += meter.cpu
+            # Steps asked for while this one was made enter the ledger on their own.
+            cost = {"wall": meter.wall - inner["wall"], "cpu": meter.cpu - inner["cpu"], "flops": ledger.flops, "peak_rss": meter.peak}
+            self.commit(final, part, {"name": name, "key": key, "hash": full}, {"stage": label or name, **cost})
+        self.touch(final.name)
+        return final
+
+    def place(self, name: str, key: Any) -> tuple[Path, Path, str]:
+        """Where a step's result stands when done, where it is made, and the full hash of its key."""
+        full = digest(name, key)
+        final = self.path / "steps" / f"{name}-{full[:16]}"
+        return final, final.with_name(final.name + ".part"), full
+
+    def commit(self, final: Path, part: Path, about: dict[str, Any], cost: dict[str, Any]) -> None:
+        """Publish a step: cost and key are written, then the folder is renamed."""
+        write_json(part / "cost.json", cost)
+        write_json(part / "step.json", about)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+
+    def touch(self, name: str) -> None:
+        """Note that the study uses this step: its cost enters the ledger, once."""
+        if name not in self.used:
+            self.used.append(name)
+            self.ledger.append(self.cost(name))
+
+    def absorb(self, stage: str, names: list[str], workers: int) -> None:
+        """Enter many parallel steps in the ledger as one stage: seconds and operations added, wall shared by workers."""
+        costs = [self.cost(name) for name in names]
+        self.used += [name for name in names if name not in self.used]
+        total = {k: sum(c[k] for c in costs) for k in ("wall", "cpu", "flops")}
+        total["wall"] /= max(1, min(workers, len(costs)))
+        self.ledger.append({"stage": stage, **total, "peak_rss": max((c["peak_rss"] for c in costs), default=0)})
+
+    def cost(self, name: str) -> dict[str, Any]:
+        """What a finished step cost: stage, wall and cpu seconds, flops, peak_rss in bytes."""
+        return json.loads((self.path / "steps" / name / "cost.json").read_text())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Publish the result; the DONE marker comes last."""
+        write_json(self.path / "result.json", result)
+        (self.path / "DONE").write_text("")
+
+    def clean(self) -> int:
+        """Remove steps that the finished study does not use: leftovers of kills and of replaced studies."""
+        stale = [p for p in (self.path / "steps").iterdir() if p.name not in self.used]
+        for path in stale:
+            shutil.rmtree(path, ignore_errors=True)
+        return len(stale)
+
+
+class Meter:
+    """Wall, CPU and peak resident memory of this process and its children between enter and exit."""
+
+    def __init__(self, period: float = 0.25) -> None:
+        self.period, self.wall, self.cpu, self.peak = period, 0.0, 0.0, 0
+
+    def __enter__(self) -> Meter:
+        import threading
+
+        self._stop = threading.Event()
+        self._start, self._cpu = time.perf_counter(), _cpu_seconds()
+        self.sample()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.period):
+            self.sample()
+
+    def sample(self) -> None:
+        self.peak = max(self.peak, tree_rss())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.sample()
+        self.wall = time.perf_counter() - self._start
+        self.cpu = _cpu_seconds() - self._cpu
+
+
+def tree_rss() -> int:
+    """Resident bytes of this process and all its children; pages they share are counted once for each."""
+    total = 0
+    with suppress(psutil.Error):
+        me = psutil.Process()
+        for process in [me, *me.children(recursive=True)]:
+            with suppress(psutil.Error):
+                total += process.memory_info().rss
+    return total
+
+
+def _cpu_seconds() -> float:
+    """User and system seconds of this process and of the children that ended."""
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves in which two nested values differ, as (dotted key, old, new).
+
+    >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
+    [('a.b', 1, 3)]
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        return found
+    return [] if old == new else [(prefix, old, new)]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record of a run."""
+    packages = ("assay-data", "torch", "numpy", "pyarrow", "tokenizers", "scipy", "safetensors")
+    versions: dict[str, str] = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    machine = {"python": platform.python_version(), "platform": platform.platform(), "processor": platform.machine()}
+    memory = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
+    return {**machine, "cores": os.cpu_count() or 1, "memory": memory, **versions}

@@ -1,0 +1,84 @@
+"""From the user's files to a Pool on disk: one pass, constant memory, bad rows set aside with their reasons."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from assay.core.errors import InputError
+from assay.core.pool import Pool, PoolWriter
+from assay.data import readers
+
+# Rows are judged bad in bulk only once there are enough of them to speak of a share.
+GRACE = 20
+EXAMPLES = 20
+
+
+def ingest(source: readers.Source, path: Path, *, what: str = "pool", max_bad: float = 0.05) -> Pool:
+    """Read, check, and store rows; `quarantine.jsonl` gets each bad row with file, row number and reason.
+
+    Raises `InputError` when nothing is left, or when more than the share `max_bad` of the rows is bad.
+    """
+    writer, reasons, examples = PoolWriter(path), Counter[str](), []
+    rows = bad = 0
+    with open(path / "quarantine.jsonl", "w", encoding="utf-8") as quarantine:
+        for batch, rejected in readers.read(source):
+            table = pa.Table.from_batches([batch])
+            repeated = writer.write(table) if batch.num_rows else []
+            rejected = [*rejected, *(_repeated(table, row) for row in repeated)]
+            rows += batch.num_rows + len(rejected) - len(repeated)
+            bad += len(rejected)
+            for one in rejected:
+                entry = {"where": one.where, "row": one.row, "reason": one.reason, "preview": one.preview}
+                quarantine.write(json.dumps(entry) + "\n")
+                reasons[kind(one.reason)] += 1
+                if len(examples) < EXAMPLES:
+                    examples.append(entry)
+    _judge(rows, bad, reasons, examples, source, what, max_bad)
+    return writer.finish(read=rows, quarantined={"total": bad, "reasons": dict(reasons), "examples": examples})
+
+
+def store(table: pa.Table, path: Path) -> Pool:
+    """A table made in memory (a built-in pool), stored like any other."""
+    writer = PoolWriter(path)
+    writer.write(table)
+    (path / "quarantine.jsonl").write_text("")
+    return writer.finish(read=table.num_rows, quarantined={"total": 0, "reasons": {}, "examples": []})
+
+
+def kind(reason: str) -> str:
+    """A reason without its numbers and quotes, so that counts add up.
+
+    >>> kind("text of 60000000 characters exceeds max_chars=1000000; split the document")
+    'text of N characters exceeds max_chars=N'
+    """
+    import re
+
+    head = reason.split(";")[0].split(":")[0]
+    return re.sub(r"(?<![A-Za-z])(0x[0-9a-f]+|\d[\d,_]*)", "N", re.sub(r" \(.*\)", "", head)).strip()
+
+
+def _repeated(table: pa.Table, row: int) -> readers.Rejected:
+    value: Any = lambda name: table[name][row].as_py()  # noqa: E731
+    return readers.Rejected(value("source"), value("source_row"), "id was used by an earlier row", str(value("id"))[:120])
+
+
+def _judge(
+    rows: int, bad: int, reasons: Counter[str], examples: list[Any], source: readers.Source, what: str, max_bad: float
+) -> None:
+    where = source.paths if isinstance(source.paths, str) else ", ".join(source.paths)
+    common = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    first = f"; first: {examples[0]['where']} row {examples[0]['row']}" if examples else ""
+    if rows == bad:
+        why = f"all {bad} rows were set aside: {common}{first}" if bad else "it has no rows"
+        raise InputError(f"the {what} is empty", where=where, why=why, fix="mend the file, or name its columns (--text-column)")
+    if bad > GRACE and bad > max_bad * rows:
+        raise InputError(
+            f"{bad} of {rows} rows of the {what} are bad ({bad / rows:.0%})",
+            where=where, why=common + first,
+            fix=f"mend them, or accept them with --set {what}.max_bad={min(1.0, bad / rows + 0.01):.2f}",
+        )  # fmt: skip

@@ -1,0 +1,420 @@
+"""The main job: pool -> measure -> select -> train -> verify -> report, each arrow a kept step of one Run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from assay import __version__
+from assay.core.errors import InputError, nearest
+from assay.core.keys import digest, encode_ids, hash_ids, write_json
+from assay.core.method import Method, Scorer, Selector, make
+from assay.core.pool import Pool
+from assay.core.progress import Progress
+from assay.core.run import Ledger, Meter, Run, environment
+from assay.core.selection import Budget, Selection
+from assay.core.target import Target
+from assay.data import gate, readers
+from assay.data.ingest import ingest, store
+from assay.engine import local
+from assay.measure import Measurer, uses_model
+from assay.study import Study
+from assay.summary import summarise
+
+if TYPE_CHECKING:
+    from assay.core.task import Task
+
+
+@dataclass
+class Job:
+    """Everything the stages hand on. Each stage fills its part, in the order of `STAGES`."""
+
+    study: Study
+    run: Run
+    workers: int
+    progress: Progress
+    command: str = ""
+    pool: Pool = field(init=False)
+    target: Target = field(init=False)
+    truth: dict[bytes, str] = field(default_factory=dict)
+    quarantined: dict[str, Any] = field(default_factory=dict)
+    hits: gate.Hits = field(init=False)
+    task: Task | None = None
+    encodings: dict[str, Path] = field(default_factory=dict)
+    proxies: list[Path] = field(default_factory=list)
+    measurer: Measurer = field(init=False)
+    methods: dict[str, Method] = field(default_factory=dict)
+    selectors: dict[str, Selector] = field(default_factory=dict)
+    budget: Budget = field(init=False)
+    free: dict[str, Selection] = field(default_factory=dict)
+    """What each arm would take if nothing were barred: the contamination of a method is read here."""
+    selections: dict[str, Selection] = field(default_factory=dict)
+    recipe: Any = None
+    judged: dict[str, list[dict[str, np.ndarray]]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.progress.warn(message)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Loss terms of each pool example."""
+        assert self.task is not None
+        return self.task.encoded(self.encodings[self.pool.fingerprint]).sizes
+
+
+def read_pool(job: Job) -> None:
+    """Ingest the pool and the target, hold the target out, split it, load the truth if there is one."""
+    study = job.study
+    job.progress.begin("read", 2, "read pool and target")
+    if study.pool.builtin:
+        pool, target, job.truth = _builtin(job)
+    else:
+        pool = Pool.open(_ingested(job, "pool"))
+        job.quarantined = _quarantine(job.run, "pool")
+        target = None if study.target.path is None else Pool.open(_ingested(job, "target"))
+    job.progress.advance()
+    if target is None:
+        pool, target = _held_out(study, pool)
+    if study.pool.sample is not None and study.pool.sample < len(pool):
+        keep = np.argsort(hash_ids(pool.ids, "sample", study.seed), kind="stable")[: study.pool.sample]
+        pool = pool.at(np.sort(keep))
+    if study.pool.truth:
+        job.truth = _truth(study, pool)
+    _distinct(pool, target, study.target.id is not None and study.pool.id is not None)
+    job.pool, job.target = pool, Target.split(target, name=study.target.name, seed=study.seed)
+    job.progress.advance()
+    job.progress.end()
+
+
+def _builtin(job: Job) -> tuple[Pool, Pool, dict[bytes, str]]:
+    from assay.data import builtin, toys
+
+    study = job.study
+    options = (study.pool.builtin, study.target.builtin, study.pool.size, study.pool.flip, study.seed, sys.version)
+
+    def build(part: Path, _: Ledger) -> None:
+        if study.pool.builtin == "digits":
+            made = toys.digits(flip=study.pool.flip, seed=study.seed)
+        else:
+            text = builtin.python_text(target=study.target.builtin or "docs", size=study.pool.size, seed=study.seed)
+            made = text.pool, text.target, text.truth
+        for name, table in zip(("pool", "target"), made[:2], strict=True):
+            store(table, part / name)
+        pq.write_table(made[2], part / "truth.parquet")
+
+    path = job.run.step("builtin", options, build, label="build the pool")
+    truth = pq.read_table(path / "truth.parquet")
+    kinds = dict(zip([i.encode() for i in truth["id"].to_pylist()], truth["kind"].to_pylist(), strict=True))
+    return Pool.open(path / "pool"), Pool.open(path / "target"), kinds
+
+
+def _ingested(job: Job, what: str) -> Path:
+    spec = job.study.pool if what == "pool" else job.study.target
+    assert spec.path is not None
+    columns: dict[str, Any] = {"text": spec.text, "id": spec.id, "max_chars": spec.max_chars}
+    if what == "pool":
+        columns |= {"image": job.study.pool.image, "domain": job.study.pool.domain, "keep": job.study.pool.keep}
+    elif job.study.target.group:
+        columns |= {"keep": (job.study.target.group,)}
+    source = readers.Source(paths=spec.path, **columns)
+    key = readers.fingerprint(source), spec.model_dump(mode="json", exclude={"path", "sample", "truth"})
+    return job.run.step(
+        f"read-{what}", key, lambda part, _: void(ingest(source, part, what=what, max_bad=spec.max_bad)), label=f"read {what}"
+    )
+
+
+def void(_: object) -> None:
+    """Drops a value where a callback must return nothing."""
+
+
+def _quarantine(run: Run, what: str) -> dict[str, Any]:
+    import json
+
+    name = next(n for n in run.used if n.startswith(f"read-{what}"))
+    return json.loads((run.path / "steps" / name / "pool.json").read_text())["quarantined"]
+
+
+def _held_out(study: Study, pool: Pool) -> tuple[Pool, Pool]:
+    """The target is `count` keyed examples of a domain, which leave the pool."""
+    domains = pool.domains()
+    name = study.target.domain
+    own = np.flatnonzero(domains == name)
+    if len(own) < 2:
+        fix = nearest(str(name), set(domains.tolist()))
+        raise InputError(f"the pool has {len(own)} rows of domain {name!r}", where="target.domain", fix=fix)
+    order = own[np.argsort(hash_ids(pool.ids[own], "target", study.seed), kind="stable")]
+    chosen = np.sort(order[: study.target.count])
+    rest = np.setdiff1d(np.arange(len(pool)), chosen)
+    if not len(rest):
+        raise InputError("the held-out target is the whole pool", where="target.count", fix="lower target.count")
+    return pool.at(rest), pool.at(chosen)
+
+
+def _truth(study: Study, pool: Pool) -> dict[bytes, str]:
+    """Kinds of known defects by id, for the report only."""
+    path = Path(str(study.pool.truth))
+    try:
+        table = pq.read_table(path, columns=["id", study.pool.truth_kind])
+    except Exception as error:
+        raise InputError("unreadable truth", where=path, why=str(error).splitlines()[0], fix="a Parquet file with `id` and a kind") from error
+    known = set(pool.ids.tolist())
+    pairs = zip(table["id"].to_pylist(), table[study.pool.truth_kind].to_pylist(), strict=True)
+    return {str(i).encode(): str(kind) for i, kind in pairs if str(i).encode() in known}
+
+
+def _distinct(pool: Pool, target: Pool, named: bool) -> None:
+    if named:
+        shared = np.intersect1d(pool.ids, target.ids)
+        if len(shared):
+            raise InputError(
+                f"{len(shared)} ids stand in both the pool and the target, the first is {shared[0].decode()!r}",
+                where="target", why="a target that is trained on proves nothing", fix="remove them from one of the two files",
+            )  # fmt: skip
+    same = np.isin(target.contents, pool.contents)
+    if len(target) and same.mean() > 0.5:
+        raise InputError(
+            f"{int(same.sum())} of {len(target)} target examples stand word for word in the pool",
+            where="target", why="a target that is trained on proves nothing",
+            fix="hold the target out: give a file that is not in the pool, or target.domain to hold one out",
+        )  # fmt: skip
+
+
+def check_contamination(job: Job) -> None:
+    """The gate: pool examples that contain target items are found before anything is scored."""
+    import json
+
+    def build(part: Path, _: Ledger) -> None:
+        hits = gate.contamination(job.pool, job.target)
+        write_json(part / "hits.json", {**dataclasses.asdict(hits), "ids": [i.decode() for i in hits.ids.tolist()]})
+
+    job.progress.begin("gate", 1, "contamination gate")
+    key = job.pool.fingerprint, job.target.selecting.fingerprint, job.target.judging.fingerprint, gate.NGRAM
+    held = json.loads((job.run.step("gate", key, build, label="contamination gate") / "hits.json").read_text())
+    job.hits = gate.Hits(**{**held, "ids": encode_ids(held["ids"])})
+    job.progress.advance()
+    job.progress.end()
+
+
+def build_task(job: Job) -> None:
+    """Train the tokenizer on the pool and encode pool and target for the model."""
+    spec, pool = job.study.task, job.pool
+    job.progress.begin("encode", 4, "tokenise")
+    if spec.kind == "classifier":
+        from assay.train.models import Classifier
+
+        job.task = Classifier(inputs=spec.inputs, hidden=spec.hidden, classes=spec.classes)
+    else:
+        from assay.train.models import LanguageModel, train_tokenizer
+
+        key = pool.fingerprint, spec.vocab, job.study.seed
+
+        def build(part: Path, _: Ledger) -> None:
+            (part / "tokenizer.json").write_text(train_tokenizer(pool, vocab=spec.vocab, seed=job.study.seed))
+
+        text = (job.run.step("tokenizer", key, build, label="train tokenizer") / "tokenizer.json").read_text()
+        shape = {"width": spec.width, "layers": spec.layers, "heads": spec.heads, "context": spec.context}
+        job.task = LanguageModel(tokenizer=text, vocab=spec.vocab, **shape)
+    job.progress.advance()
+    task = job.task
+    for part_pool in (pool, job.target.selecting, job.target.judging):
+        key = task.describe(), part_pool.fingerprint
+        step = job.run.step("encode", key, lambda part, _, p=part_pool: task.prepare(p, part), label="tokenise")
+        job.encodings[part_pool.fingerprint] = step
+        job.progress.advance()
+    job.progress.end()
+
+
+def train_proxies(job: Job) -> None:
+    """The scoring models: the task's model trained on the whole pool, from independent seeds."""
+    from assay.train.loop import load
+
+    spec, task = job.study.proxy, job.task
+    assert task is not None
+    wanted = any(uses_model(m) for m in job.methods.values())
+    models = []
+    if wanted:
+        total = int(job.sizes.sum())
+        steps = spec.steps or max(1, math.ceil(spec.passes * total / spec.recipe.terms_per_step))
+        recipe = spec.recipe.model_copy(update={"steps": steps})
+        everything = Selection.everything(job.pool.ids)
+        job.proxies = _proxies(job, task, recipe, everything)
+        models = [load(path / "checkpoint.safetensors").params for path in job.proxies]
+    study = job.study
+    job.measurer = Measurer(
+        job.run, job.pool, job.target.selecting, seed=study.seed, task=task, models=models, encodings=job.encodings,
+        key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch, shard=study.shard, progress=job.progress,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Proxy:
+    task: Any
+    pool: Path
+    selection: Selection
+
+
+def _train_proxy(shared: _Proxy, item: tuple[Any, Path]) -> dict[str, float]:
+    from assay.train.loop import train
+
+    recipe, folder = item
+    with Meter() as meter:
+        encoded = shared.task.encoded(shared.pool)
+        train(shared.task, encoded, np.arange(len(encoded)), shared.selection, recipe, folder)
+    return {"wall": meter.wall, "cpu": meter.cpu, "peak_rss": meter.peak}
+
+
+def _proxies(job: Job, task: Task, recipe: Any, everything: Selection) -> list[Path]:
+    encoded = job.encodings[job.pool.fingerprint]
+    done, todo = [], []
+    for k in range(job.study.proxy.models):
+        own = recipe.with_seed(100_000 + 1000 * job.study.seed + k)
+        key = {"task": task.describe(), "pool": job.pool.fingerprint, "recipe": own.spec()}
+        final, part, full = job.run.place("proxy", key)
+        done.append(final)
+        if not (final / "step.json").exists():
+            part.mkdir(parents=True, exist_ok=True)
+            todo.append((own, part, final, {"name": "proxy", "key": key, "hash": full}))
+    job.progress.begin("proxy", len(done), "train scoring model")
+    job.progress.advance(len(done) - len(todo))
+    items = [(own, part) for own, part, _, _ in todo]
+    costs = local.map(_train_proxy, _Proxy(task, encoded, everything), items, workers=job.workers)
+    for (own, part, final, about), cost in zip(todo, costs, strict=True):
+        flops = 3 * task.forward_flops(job.sizes) / job.sizes.sum() * own.steps * own.terms_per_step
+        job.run.commit(final, part, about, {"stage": "train scoring model", "flops": flops, **cost})
+        job.progress.advance()
+    job.progress.end()
+    job.run.absorb("train scoring model", [p.name for p in done], job.workers)
+    return done
+
+
+def score(job: Job) -> None:
+    """Every arm's Table of scores over the pool."""
+    for method in job.methods.values():
+        job.measurer.path(method, job.pool)
+    if job.proxies:
+        job.measurer.path(make(Scorer, "loss"), job.pool)
+    job.warnings += job.measurer.warnings
+
+
+def select(job: Job) -> None:
+    """Each arm's Selection at the one budget, and what it would have taken had nothing been barred."""
+    job.progress.begin("select", len(job.methods), "select")
+    sizes = job.sizes
+    barred = {"contains a target item": job.hits.ids}
+    eligible = ~np.isin(job.pool.ids, job.hits.ids)
+    countable = job.task is not None and job.task.countable
+    tokens = int(sizes[eligible].sum()) if countable else None
+    job.budget = Budget.parse(job.study.budget, examples=int(eligible.sum()), tokens=tokens)
+    for name, method in job.methods.items():
+        scores, selector = job.measurer.table(method), job.selectors[name]
+
+        def build(part: Path, _: Ledger, scores: Any = scores, selector: Selector = selector) -> None:
+            for folder, bars in (("free", {}), ("final", barred)):
+                selector.select(scores, sizes, job.budget, barred=bars).save(part / folder)
+
+        key = {
+            "scores": job.measurer.path(method, job.pool).name, "select": selector.spec(), "code": selector.code(),
+            "budget": [job.budget.amount, job.budget.unit], "barred": digest([i.decode() for i in job.hits.ids.tolist()]),
+        }  # fmt: skip
+        path = job.run.step("select", key, build, label="select")
+        job.free[name], job.selections[name] = Selection.open(path / "free"), Selection.open(path / "final")
+        job.progress.advance()
+    if job.study.verify.everything:
+        job.selections["everything"] = job.free["everything"] = Selection.everything(job.pool.ids[eligible])
+    job.progress.end()
+
+
+def train_arms(job: Job) -> None:
+    """Paired retraining: every arm at the same seeds, the same number of steps, judged on the judging half."""
+    from assay.verify import paired_training
+
+    spec, task = job.study.train, job.task
+    assert task is not None
+    budget = job.budget.amount if job.budget.unit == "tokens" else float(job.sizes.mean()) * job.budget.amount
+    steps = spec.steps or max(1, math.ceil(spec.repeats * budget / spec.recipe.terms_per_step))
+    job.recipe = spec.recipe.model_copy(update={"steps": steps, "seed": job.study.seed})
+    job.judged = paired_training(
+        job.run, task, job.pool, job.encodings, job.target.judging, job.selections, job.recipe,
+        seeds=job.study.verify.seeds, workers=job.workers, progress=job.progress,
+    )  # fmt: skip
+
+
+STAGES: tuple[Callable[[Job], None], ...] = (read_pool, check_contamination, build_task, train_proxies, score, select, train_arms)
+
+
+def run_study(
+    study: Study, out: Path, *, workers: int | None = None, progress: Progress | None = None, replace: bool = False,
+    command: str = "", report: Callable[[Path], Path] | None = None, estimate: Callable[[Job], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Do all that a study asks and return its result (also in `result.json`). Finished steps are not done again.
+
+    Raises `InputError` for bad input. Interrupted at any moment, the same call goes on and ends in the same bytes.
+    """
+    progress = progress or Progress()
+    run = Run.open(out, study.spec(), replace=replace)
+    job = Job(study, run, workers or local.default_workers(), progress, command)
+    for arm in study.contestants():
+        job.methods[arm.name], job.selectors[arm.name] = make(Scorer, arm.method), make(Selector, arm.select)
+    try:
+        with Meter() as meter:
+            if estimate:
+                estimate(job)
+            for stage in STAGES:
+                stage(job)
+            progress.begin("report", 2, "report")
+            result = result_of(job)
+            export(job, result)
+            progress.advance()
+        result |= {"wall": meter.wall, "peak_rss": meter.peak, "cpu": meter.cpu}
+        run.finish(result)
+        if report:
+            report(out)
+        progress.advance()
+        progress.end()
+        run.clean()
+        return result
+    finally:
+        run.close()
+
+
+def result_of(job: Job) -> dict[str, Any]:
+    """What `result.json` holds: numbers and reasons only, so that a report can be drawn without the pool or a model."""
+    assert job.task is not None
+    return summarise(job) | {
+        "format": 1,
+        "assay": __version__,
+        "name": job.study.name,
+        "command": job.command,
+        "environment": environment(),
+        "study": job.study.spec(),
+        "warnings": job.warnings,
+        "ledger": job.run.ledger,
+    }
+
+
+def export(job: Job, result: dict[str, Any]) -> None:
+    """Selections as keep-lists, and the selected dataset of every measured arm as Parquet with its card."""
+    from assay.card import write_dataset
+
+    for name, selection in job.selections.items():
+        selection.save(job.run.path / "selections" / name)
+    for arm in result["arms"]:
+        if arm["verdict"] != "baseline":
+            write_dataset(job.run.path / "dataset" / arm["name"], job.pool, job.selections[arm["name"]], arm, result)
+
+
+def scores_of(job: Job, name: str) -> np.ndarray:
+    """The column an arm was cut by, in pool order."""
+    table = job.measurer.table(job.methods[name])
+    column = getattr(job.selectors[name], "column", "") or table.columns[0]
+    return table.column(column)

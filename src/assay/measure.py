@@ -1,0 +1,280 @@
+"""The verbs `featurize` and `score`: a method over a pool, shard by shard, into a checked Table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from assay.core.errors import InputError
+from assay.core.keys import canonical, write_json
+from assay.core.method import Featurizer, Method
+from assay.core.pool import Pool, positions
+from assay.core.progress import Progress
+from assay.core.run import Ledger, Run
+from assay.core.table import Table, TableWriter
+from assay.engine import local
+
+if TYPE_CHECKING:
+    from assay.core.task import Encoded, Task
+
+M = TypeVar("M", bound=Method)
+
+# Forward passes' worth of work for one example: what the ledger and the plan count with.
+PASSES = {"none": 0.0, "text": 0.0, "forward": 1.0, "gradient": 3.0, "retrain": 3.0}
+
+
+def uses_model(method: Method) -> bool:
+    """Whether a method, or one it holds, needs the scoring models."""
+    return getattr(method, "cost", "none") not in ("none", "text") or any(uses_model(c) for c in method.children())
+
+
+class Rows:
+    """A batch: some rows of a pool, read when asked for."""
+
+    def __init__(self, work: Work, rows: np.ndarray) -> None:
+        self._work, self._rows = work, rows
+        self.ids = work.pool.ids[rows]
+
+    def column(self, name: str) -> list[Any]:
+        return self._work.pool.at(self._rows).column(name)
+
+    def table(self, method: Method) -> np.ndarray:
+        return self._work.opened(method).rows(int(self._rows.min()), int(self._rows.max()) + 1)[self._rows - self._rows.min()]
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        return self._work.encoded.inputs(self._rows)
+
+
+@dataclass
+class Work:
+    """What a worker needs to run a method over a pool; pickled to it once."""
+
+    method: Method
+    state: Any
+    pool: Pool
+    task: Task | None
+    path: Path | None
+    tables: dict[str, Path]
+    batch: int
+    shard: int
+    _open: dict[str, Table] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "encoded"} | {"_open": {}}
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        assert self.task is not None and self.path is not None, f"{self.method.name} asked for model inputs without a task"
+        return self.task.encoded(self.path)
+
+    def opened(self, method: Method) -> Table:
+        key = canonical(method.spec())
+        if key not in self._open:
+            self._open[key] = Table.open(self.tables[key])
+        return self._open[key]
+
+    def batches(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Positions of one shard, in batches. With a model: of like length, so that little is padding."""
+        rows = np.arange(start, stop)
+        if self.task is None or not uses_model(self.method):
+            yield rows
+            return
+        from assay.train.loop import AREA, blocks
+
+        for block in blocks(self.encoded.sizes[start:stop], 2 * AREA):
+            for at in range(0, len(block), self.batch):
+                yield rows[block[at : at + self.batch]]
+
+
+def compute(work: Work, index: int) -> np.ndarray:
+    """One shard of a method's Table, `[rows, c]`. Pure: the same bytes in any process."""
+    start, stop = index * work.shard, min(len(work.pool), (index + 1) * work.shard)
+    result: np.ndarray | None = None
+    for rows in work.batches(start, stop):
+        batch = Rows(work, rows)
+        call = work.method.featurize if isinstance(work.method, Featurizer) else work.method.score  # type: ignore[attr-defined]
+        values = _numpy(call(work.state, batch))
+        values = values[:, None] if values.ndim == 1 else values
+        if len(values) != len(rows):
+            name = work.method.name
+            raise InputError(f"{name} returned {len(values)} rows for {len(rows)} examples", fix="one row for each example, in order")
+        if result is None:
+            result = np.zeros((stop - start, values.shape[1]), dtype=values.dtype)
+        result[rows - start] = values
+    assert result is not None
+    return result
+
+
+def _numpy(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
+class Measurer:
+    """Computes methods over the pool and the selecting half, each once, and hands methods their context."""
+
+    def __init__(
+        self, run: Run, pool: Pool, target: Pool, *, seed: int = 0, task: Task | None = None,
+        models: list[dict[str, Any]] | None = None, encodings: dict[str, Path] | None = None, key: str = "",
+        workers: int = 1, batch: int = 64, shard: int = 1024, progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self.run, self.pool, self.target, self.seed, self.task = run, pool, target, seed, task
+        self.models, self.encodings, self.key = models or [], encodings or {}, key
+        self.trained_on = len(pool)
+        self.workers, self.batch, self.shard, self.progress = workers, batch, shard, progress or Progress()
+        self.warnings: list[str] = []
+        self._paths: dict[tuple[str, str], Path] = {}
+        self._stack: list[_Frame] = []
+
+    # What methods see (the `Context` protocol).
+
+    def table(self, method: Method) -> Table:
+        return Table.open(self.path(method, self.pool))
+
+    def target_table(self, method: Method) -> Table:
+        return Table.open(self.path(method, self.target))
+
+    def members(self, method: M) -> list[M]:
+        if "model" not in {f.name for f in dataclasses.fields(method)}:
+            return [method]
+        return [dataclasses.replace(method, model=k) for k in range(len(self.models))]
+
+    def encoded(self, pool: Pool) -> Encoded:
+        assert self.task is not None
+        return self.task.encoded(self.encodings[pool.fingerprint])
+
+    def batches(self, pool: Pool) -> Iterator[Rows]:
+        work = self._work(self._stack[-1].method, None, pool)
+        for start in range(0, len(pool), self.shard):
+            for rows in work.batches(start, min(len(pool), start + self.shard)):
+                yield Rows(work, rows)
+
+    def spent(self, flops: float) -> None:
+        if self._stack:
+            self._stack[-1].ledger.spent(flops)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.progress.warn(message)
+
+    # The driver.
+
+    def path(self, method: Method, pool: Pool) -> Path:
+        """The directory of a method's Table over a pool, computed unless it is there."""
+        held = canonical(method.spec()), pool.fingerprint
+        if held not in self._paths:
+            kind = "features" if isinstance(method, Featurizer) else "scores"
+            path = self.run.step(
+                f"{kind}-{method.name.rpartition('.')[2]}", self._key(method, pool),
+                lambda part, ledger: self._build(method, pool, part, ledger), label=self._label(method, pool),
+            )  # fmt: skip
+            self._paths[held] = path
+            for name in uses(path):
+                self.run.touch(name)
+        if self._stack:
+            self._stack[-1].uses.append(self._paths[held].name)
+        return self._paths[held]
+
+    def _key(self, method: Method, pool: Pool) -> dict[str, Any]:
+        return {
+            "method": method.spec(), "code": [m.code() for m in (method, *method.children())], "pool": pool.fingerprint,
+            "target": self.target.fingerprint, "reference": self.pool.fingerprint, "seed": self.seed,
+            "models": self.key if uses_model(method) else "", "batch": self.batch, "shard": self.shard,
+        }  # fmt: skip
+
+    def _label(self, method: Method, pool: Pool) -> str:
+        what = "features" if isinstance(method, Featurizer) else "score"
+        return f"{what}: {method.name}" + (" (target)" if pool is self.target else "")
+
+    def _work(self, method: Method, state: Any, pool: Pool) -> Work:
+        path = self.encodings.get(pool.fingerprint)
+        tables = {spec: p for (spec, fingerprint), p in self._paths.items() if fingerprint == pool.fingerprint}
+        return Work(method, state, pool, self.task, path, tables, self.batch, self.shard)
+
+    def _build(self, method: Method, pool: Pool, part: Path, ledger: Ledger) -> None:
+        frame = _Frame(method, ledger)
+        self._stack.append(frame)
+        try:
+            state = _one_thread(lambda: method.init(self))  # type: ignore[attr-defined]
+            work = self._work(method, state, pool)
+            self._fill(work, part, method.columns(state))  # type: ignore[attr-defined]
+        finally:
+            self._stack.pop()
+        write_json(part / "uses.json", sorted(set(frame.uses)))
+        if self.task is not None and uses_model(method) and pool.fingerprint in self.encodings:
+            ledger.spent(self._passes(method) * self.task.forward_flops(work.encoded.sizes))
+
+    def _passes(self, method: Method) -> float:
+        """Forward passes' worth of work an example: none for a scorer that reads features made by another step."""
+        if any(isinstance(c, Featurizer) for c in method.children()):
+            return 0.0
+        single = isinstance(method, Featurizer) or self.members(method) == [method] and "model" in method.spec()
+        return PASSES[method.cost] * getattr(method, "passes", 1.0) * (1 if single else len(self.models))  # type: ignore[attr-defined]
+
+    def _fill(self, work: Work, part: Path, columns: tuple[str, ...]) -> None:
+        pool = work.pool
+        spans = range(-(-len(pool) // self.shard))
+        self.progress.begin(self._label(work.method, pool), len(spans))
+        dtype = np.float32 if isinstance(work.method, Featurizer) else np.float64
+        writer = TableWriter(part, pool.ids, columns, shard_rows=self.shard, dtype=dtype)
+        missing = [i for i in spans if not writer.has(i)]
+        self.progress.advance(len(spans) - len(missing))
+        workers = self.workers if uses_model(work.method) or len(pool) > 20 * self.shard else 1
+        for index, values in zip(missing, local.map(compute, work, missing, workers=workers), strict=True):
+            writer.write(index, values)
+            self.progress.advance()
+        writer.finish(self._meta(work))
+        self.progress.end()
+
+    def _meta(self, work: Work) -> dict[str, Any]:
+        """Everything a number needs to be believed; a field that cannot be filled is an error, not a blank."""
+        method, model = work.method, uses_model(work.method)
+        assert not model or (self.key and self.task), "scores of a model need the model's key"
+        return {
+            "estimator": method.spec(), "code": method.code(), "sign": "higher = keep", "unit": getattr(method, "unit", "vector"),
+            "measures_utility": getattr(method, "measures_utility", False), "target": self.target.fingerprint,
+            "pool": work.pool.fingerprint, "models": self.key if model else None, "seed": self.seed,
+            "loss_reduction": self.task.reduction if model and self.task else None, "device": "cpu",
+        }  # fmt: skip
+
+    def lineage(self, method: Method) -> list[str]:
+        """Names of all steps that a method's scores over the pool rest on, its own first."""
+        return closure(self.path(method, self.pool))
+
+
+@dataclass
+class _Frame:
+    """One method being computed, and the steps it asked for."""
+
+    method: Method
+    ledger: Ledger
+    uses: list[str] = field(default_factory=list)
+
+
+def uses(path: Path) -> list[str]:
+    """The steps that a step asked for while it was made."""
+    file = path / "uses.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def closure(path: Path) -> list[str]:
+    """A step and all that it rests on, each once."""
+    found, waiting = [path.name], uses(path)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.append(name)
+            waiting += uses(path.parent / name)
+    return found
+
+
+def _one_thread(call: Any) -> Any:
+    """Run in this process as a worker would: on one thread, so that sums have one order."""
+    return next(iter(local.map(lambda _state, _item: call(), None, [0], workers=1)))

@@ -1,0 +1,40 @@
+"""Cosine of gradients."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from assay.core.method import Batch, Context, Cost, Featurizer, Scorer
+
+
+def unit(x_nd: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1 in float64; zero rows stay zero."""
+    x = x_nd.astype(np.float64)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+
+
+class GradCos(Scorer):
+    """Mean cosine of an example's gradient with the target's gradients: direction without size.
+
+    Formula: s_i = mean over q of <phi_q, phi_i> / (|phi_q| |phi_i|); 0 where a gradient is zero
+    Reference: Xia et al. 2024, arXiv:2402.04333 (cosine of gradients in LESS)
+    Note: averaged over the scoring models
+    """
+
+    features: Featurizer = "gradients"  # type: ignore[assignment]
+
+    cost: ClassVar[Cost] = "gradient"
+    unit: ClassVar[str] = "cosine"
+    measures_utility: ClassVar[bool] = True
+
+    def init(self, context: Context) -> Any:
+        state = []
+        for member in context.members(self.features):
+            context.table(member)
+            state.append((member, unit(context.target_table(member).values).mean(axis=0)))
+        return state
+
+    def score(self, state: Any, batch: Batch) -> Any:
+        return sum(unit(batch.table(m)) @ mean for m, mean in state) / len(state)

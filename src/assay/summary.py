@@ -1,0 +1,261 @@
+"""What a report needs to know, as plain JSON: verdicts, distributions, examples, agreement, truth, costs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from assay.core.method import Scorer, make
+from assay.core.pool import positions
+from assay.measure import closure, uses_model
+from assay.numerics.stats import auc, spearman
+from assay.verify import compare, detectable, verify
+
+if TYPE_CHECKING:
+    from assay.core.selection import Selection
+    from assay.job import Job
+
+EXAMPLES, SCATTER, BINS, TEXT = 12, 1200, 30, 1500
+
+
+def summarise(job: Job) -> dict[str, Any]:
+    """The body of `result.json`; see the report's schema in docs/result.md."""
+    assert job.task is not None
+    clean = _clean_items(job)
+    losses = {arm: np.stack([seed["loss"][clean] for seed in seeds]) for arm, seeds in job.judged.items()}
+    verdicts = verify(losses, level=job.study.verify.level)
+    domains = job.pool.domains()
+    arms = [_arm(job, name, verdicts[name], domains, clean) for name in job.judged]
+    scored = [name for name in job.methods if not name.startswith("random-")]
+    loss = -job.measurer.table(make(Scorer, "loss")).column("score") if job.proxies else None
+    ranked = {name: _scores(job, name) for name in scored}
+    return {
+        "pool": _pool(job, domains),
+        "target": {
+            "name": job.target.name, "selecting": len(job.target.selecting), "judging": len(job.target.judging),
+            "judged": int(clean.sum()), "measure": job.task.measure_unit,
+        },
+        "budget": {"unit": job.budget.unit, "amount": job.budget.amount, "share": _share(job)},
+        "training": _training(job),
+        "arms": arms,
+        "nulls": _nulls(losses, job.study.verify.level),
+        "detectable": _finite(detectable(losses)),
+        "recommended": _recommended(arms),
+        "scores": {name: _distribution(job, values, domains, loss) for name, values in ranked.items()},
+        "agreement": _agreement(ranked),
+        "contamination": _contamination(job),
+        "checks": _checks(job, verdicts),
+        "files": {a["name"]: f"dataset/{a['name']}" for a in arms if a["verdict"] != "baseline"},
+    }  # fmt: skip
+
+
+def _finite(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def _clean_items(job: Job) -> np.ndarray:
+    """Judging items that no example of the pool repeats word for word: only these are judged.
+
+    Pool examples that contain a target item were barred from every selection already; an item whose copy the *scoring
+    model* saw is left out as well, so that no arm is judged on what its measurement was trained on.
+    """
+    return ~np.isin(job.target.judging.contents, job.pool.contents)
+
+
+def _share(job: Job) -> float:
+    whole = int(job.sizes.sum()) if job.budget.unit == "tokens" else len(job.pool)
+    return job.budget.amount / whole
+
+
+def _pool(job: Job, domains: np.ndarray) -> dict[str, Any]:
+    sizes, spec = job.sizes, job.study.pool
+    assert job.task is not None
+    by_domain = {}
+    for domain in sorted(set(domains.tolist())):
+        rows = domains == domain
+        by_domain[domain] = {"rows": int(rows.sum()), "tokens": int(sizes[rows].sum())}
+    paths = (spec.path,) if isinstance(spec.path, str) else spec.path
+    source = f"built-in: {spec.builtin}" if spec.builtin else ", ".join(paths or ())
+    return {
+        "source": source, "rows": len(job.pool), "tokens": int(sizes.sum()) if job.task.countable else None,
+        "domains": by_domain, "fingerprint": job.pool.fingerprint,
+        "quarantined": job.quarantined or {"total": 0, "reasons": {}, "examples": []},
+    }  # fmt: skip
+
+
+def _training(job: Job) -> dict[str, Any]:
+    assert job.task is not None
+    recipe = job.recipe
+    parameters = sum(p.numel() for p in job.task.module.parameters())
+    chosen = [int(job.sizes[positions(job.pool.ids, s.ids)].sum()) for n, s in job.selections.items() if n != "everything"]
+    seen = recipe.steps * recipe.terms_per_step
+    return {
+        "model": job.study.task.kind, "parameters": parameters, "steps": recipe.steps,
+        "tokens": seen if job.task.countable else None, "repeats": seen / max(1.0, float(np.mean(chosen))),
+        "seeds": [recipe.seed * 1000 + s for s in range(job.study.verify.seeds)], "loss": job.task.reduction,
+    }  # fmt: skip
+
+
+def _scores(job: Job, name: str) -> np.ndarray:
+    from assay.job import scores_of
+
+    return scores_of(job, name)
+
+
+def _arm(job: Job, name: str, found: dict[str, Any], domains: np.ndarray, clean: np.ndarray) -> dict[str, Any]:
+    assert job.task is not None
+    selection, method = job.selections[name], job.methods.get(name)
+    rows = positions(job.pool.ids, selection.ids)
+    training = 3 * job.task.forward_flops(job.sizes[rows]) / job.sizes[rows].sum() * job.recipe.steps * job.recipe.terms_per_step
+    flops, seconds = (0.0, 0.0) if method is None else _cost(job, method)
+    baseline = name.startswith("random-") or name == "everything"
+    metrics: dict[str, float] = {}
+    for metric in job.judged[name][0]:
+        if metric != "loss":
+            metrics[metric] = float(np.mean([seed[metric][clean].mean() for seed in job.judged[name]]))
+    entry = {
+        "name": name, "cost_class": getattr(method, "cost", "none"), "measures_utility": getattr(method, "measures_utility", False),
+        "judged_loss": found["judged_loss"], "judged_loss_ci": found["judged_loss_ci"], "by_seed": found["by_seed"],
+        "gain_over_random": found.get("gain"), "ci": found.get("ci"), "verdict": "baseline" if baseline else found["verdict"],
+        "versus_random": found.get("verdict"), "selection_flops": flops, "training_flops": training,
+        "selection_flops_share": flops / training, "selection_seconds": seconds, "selected": len(selection),
+        "tokens": int(job.sizes[rows].sum()) if job.task.countable else None, "domains": dict(Counter(domains[rows].tolist())),
+        "contamination": _hits(job, job.free[name]), "planted": _planted(job, name, selection), "dropped": selection.reasons(),
+        "metrics": metrics,
+    }  # fmt: skip
+    if "over_everything" in found:
+        entry["over_everything"] = found["over_everything"]
+    return entry
+
+
+def _cost(job: Job, method: Any) -> tuple[float, float]:
+    """Operations and wall seconds behind a method's scores, scoring models included."""
+    names = closure(job.measurer.path(method, job.pool))
+    if uses_model(method):
+        names += [p.name for p in job.proxies]
+    costs = [job.run.cost(name) for name in names]
+    return sum(c["flops"] for c in costs), sum(c["wall"] for c in costs)
+
+
+def _hits(job: Job, free: Selection) -> dict[str, Any]:
+    """Contaminated rows an arm would have taken, and how many times more than a fair share that is."""
+    taken, base = int(np.isin(free.ids, job.hits.ids).sum()), len(job.hits.ids) / len(job.pool)
+    return {"hits": taken, "enrichment": taken / len(free) / base if base and len(free) else None}
+
+
+def _planted(job: Job, name: str, selection: Selection) -> dict[str, Any]:
+    """For every known kind: how many were selected, against a fair share of the rows that may be selected."""
+    if not job.truth:
+        return {}
+    barred = set(job.hits.ids.tolist())
+    inside = Counter(job.truth[i] for i in job.truth if i not in barred)
+    taken = Counter(job.truth[i] for i in selection.ids.tolist() if i in job.truth)
+    kinds = np.array([job.truth.get(i, "") for i in job.pool.ids.tolist()])
+    share = len(selection) / max(1, len(job.pool) - len(barred))
+    table: dict[str, Any] = {}
+    values = _scores(job, name) if name in job.methods else None
+    for kind, count in sorted(inside.items()):
+        entry = {"selected": taken[kind], "in_pool": count, "enrichment": taken[kind] / count / share if share else None}
+        if values is not None:
+            # Probability that a row of this kind is scored below a row that is not planted.
+            rows = (kinds == kind) | (kinds == "")
+            entry["auc"] = _finite(auc(-values[rows], (kinds == kind)[rows]))
+        table[kind] = entry
+    return table
+
+
+def _nulls(losses: dict[str, np.ndarray], level: float) -> dict[str, Any] | None:
+    """The first random arm against the others: a verdict other than `unresolved` would be noise taken for signal."""
+    draws = [v for n, v in losses.items() if n.startswith("random-")]
+    return {"random_vs_random": compare(draws[0], np.stack(draws[1:]), level=level)} if len(draws) > 1 else None
+
+
+def _recommended(arms: list[dict[str, Any]]) -> str | None:
+    """The arm with the largest gain whose interval is clear of zero, if there is one."""
+    better = [a for a in arms if a["verdict"] == "better"]
+    return max(better, key=lambda a: a["gain_over_random"])["name"] if better else None
+
+
+def _distribution(job: Job, values: np.ndarray, domains: np.ndarray, loss: np.ndarray | None) -> dict[str, Any]:
+    """Histogram by domain on common edges, a keyed scatter sample, and the examples at both ends."""
+    from assay.core.keys import shuffled
+
+    low, high = np.percentile(values, [0.2, 99.8])
+    edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
+    clipped = np.clip(values, edges[0], edges[-1])
+    histograms = {
+        d: {"edges": edges.tolist(), "counts": np.histogram(clipped[domains == d], edges)[0].tolist()}
+        for d in sorted(set(domains.tolist()))
+    }
+    sample = np.sort(shuffled(job.pool.ids, "report", job.study.seed)[:SCATTER])
+    texts = _texts(job, sample)
+    lengths = job.sizes.astype(float)
+    scatter = {
+        "length": lengths[sample].tolist(), "score": values[sample].tolist(), "domain": domains[sample].tolist(),
+        "id": [i.decode() for i in job.pool.ids[sample].tolist()], "preview": [t[:160] for t in texts],
+    }  # fmt: skip
+    if loss is not None:
+        scatter["loss"] = loss[sample].tolist()
+    order = np.lexsort((job.pool.ids, -values))
+    return {
+        "domains": histograms, "scatter": scatter, "spearman_length": _finite(spearman(values, lengths)),
+        "spearman_loss": None if loss is None else _finite(spearman(values, loss)),
+        "top": _examples(job, values, order[:EXAMPLES], domains), "bottom": _examples(job, values, order[::-1][:EXAMPLES], domains),
+    }  # fmt: skip
+
+
+def _texts(job: Job, rows: np.ndarray) -> list[str]:
+    part = job.pool.at(rows)
+    if "text" in part.columns:
+        return part.column("text")
+    return [f"label {label}" for label in part.column("label")] if "label" in part.columns else [""] * len(rows)
+
+
+def _examples(job: Job, values: np.ndarray, rows: np.ndarray, domains: np.ndarray) -> list[dict[str, Any]]:
+    ranks = (values[:, None] <= values[rows][None]).mean(axis=0) * 100
+    sizes, ids = job.sizes, job.pool.ids
+    return [
+        {
+            "id": ids[row].decode(), "domain": str(domains[row]), "score": float(values[row]), "percentile": float(rank),
+            "length": int(sizes[row]), "text": text[:TEXT], "planted": job.truth.get(ids[row]),
+        }
+        for row, rank, text in zip(rows.tolist(), ranks.tolist(), _texts(job, rows), strict=True)
+    ]  # fmt: skip
+
+
+def _agreement(ranked: dict[str, np.ndarray]) -> dict[str, Any] | None:
+    if len(ranked) < 2:
+        return None
+    names = list(ranked)
+    matrix = [[1.0 if a == b else _finite(spearman(ranked[a], ranked[b])) for b in names] for a in names]
+    return {"arms": names, "spearman": matrix}
+
+
+def _contamination(job: Job) -> dict[str, Any]:
+    hits, leaks = job.hits, [i for i, kind in job.truth.items() if kind == "leak"]
+    found = set(hits.ids.tolist())
+    return {
+        "items": hits.items, "hits": len(hits.ids), "by_half": hits.by_half, "ngram": 13, "examples": hits.examples,
+        "planted_recall": sum(i in found for i in leaks) / len(leaks) if leaks else None,
+    }  # fmt: skip
+
+
+def _checks(job: Job, verdicts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Invariants of every run, said aloud."""
+    checks = []
+    for name in job.methods:
+        table = job.measurer.table(job.methods[name])
+        ok = len(table) == len(job.pool) and bool((table.ids == job.pool.ids).all())
+        checks.append({"name": f"{name}: every id scored once", "ok": ok, "detail": f"{len(table)} of {len(job.pool)} rows"})
+    limit, unit = job.budget.amount, job.budget.unit
+    for name, selection in job.selections.items():
+        if name != "everything":
+            used = int(job.sizes[positions(job.pool.ids, selection.ids)].sum()) if unit == "tokens" else len(selection)
+            checks.append({"name": f"{name}: within budget", "ok": used <= limit, "detail": f"{used:,} of {limit:,} {unit}"})
+    for name, selection in job.selections.items():
+        clean = not np.isin(selection.ids, job.hits.ids).any()
+        checks.append({"name": f"{name}: no contaminated row", "ok": clean, "detail": f"{len(job.hits.ids)} rows barred"})
+    return checks

@@ -1,0 +1,192 @@
+"""The trainer: deterministic, single-threaded, resumable; and the evaluator beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from assay.core.errors import InputError
+from assay.core.keys import digest, shuffled, write_bytes
+from assay.core.selection import Selection
+from assay.core.task import Encoded, Params, Task
+from assay.train import optim
+from assay.train.models import init_params
+from assay.train.recipe import Recipe
+
+# Padded terms (rows x longest) of one micro-batch: big enough to feed one core, small enough for its caches.
+AREA = 1536
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Final weights, the optimiser's state, and the training loss of each step (nats per term)."""
+
+    params: dict[str, Tensor]
+    state: dict[str, dict[str, Tensor]]
+    losses: list[float]
+
+
+def steps(recipe: Recipe, selection: Selection, sizes: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions in the selection for each step: epoch after epoch in an order keyed by (seed, epoch, id), as many
+    examples as fit in `terms_per_step`.
+
+    `sizes` [n] aligns with the selection. An ordered Selection is read as it stands, again and again.
+    """
+    if not len(selection):
+        raise InputError("nothing is selected", why="a training run needs at least one example", fix="raise the budget")
+    batch: list[int] = []
+    filled = count = epoch = 0
+    while True:
+        order = np.arange(len(selection)) if selection.ordered else shuffled(selection.ids, "order", recipe.seed, epoch)
+        for position in order.tolist():
+            if batch and filled + sizes[position] > recipe.terms_per_step:
+                yield np.array(batch)
+                batch, filled, count = [], 0, count + 1
+                if count == recipe.steps:
+                    return
+            batch.append(position)
+            filled += int(sizes[position])
+        epoch += 1
+
+
+def blocks(sizes: np.ndarray, area: int = AREA) -> list[np.ndarray]:
+    """Positions cut into micro-batches of like length, each of at most `area` padded terms (at least one row)."""
+    order = np.argsort(sizes, kind="stable")
+    cut, start = [], 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * sizes[order[end]] > area:
+            cut.append(order[start:end])
+            start = end
+    return cut
+
+
+def gradient(
+    task: Task, params: Params, encoded: Encoded, rows: np.ndarray, weights: np.ndarray, terms: int
+) -> tuple[list[Tensor], float]:
+    """Gradient of `(1/T) sum_i w_i n_i loss_i`, and that sum; accumulated over micro-batches of like length."""
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    total, value = [torch.zeros_like(p) for p in leaves.values()], 0.0
+    for block in blocks(encoded.sizes[rows]):
+        nll, mask = task.terms(leaves, encoded.inputs(rows[block]))
+        w = torch.as_tensor(weights[block], dtype=nll.dtype)
+        loss = (nll * mask).sum(dim=1) @ w / terms
+        total = list(torch._foreach_add(total, torch.autograd.grad(loss, list(leaves.values()))))
+        value += float(loss.detach())
+    return total, value
+
+
+def train(task: Task, encoded: Encoded, rows: np.ndarray, selection: Selection, recipe: Recipe, path: Path | None = None, *,
+          start: Params | None = None, save_every: int = 200) -> Trained:  # fmt: skip
+    """Train on a Selection whose k-th id stands in row `rows[k]` of `encoded`.
+
+    With a `path`, the state is kept there every `save_every` steps, a killed run goes on from it to the same bytes,
+    and `checkpoint.safetensors` is written at the end. Raises `InputError` when the loss is not finite.
+    """
+    names = list(start) if start is not None else [n for n, _ in task.module.named_parameters()]
+    key = digest(recipe.spec(), task.describe(), selection.fingerprint, fingerprint(start) if start else "")
+    params = dict(start) if start is not None else init_params(task.module, recipe.seed)
+    state, losses = optim.init(recipe, list(params.values())), []
+    held = _load_state(path / "state.safetensors", key) if path else None
+    if held is not None:
+        params = {n: held.params[n] for n in names}
+        state, losses = {k: [v[n] for n in names] for k, v in held.state.items()}, held.losses
+    for step, batch in enumerate(steps(recipe, selection, encoded.sizes[rows])):
+        if step < len(losses):
+            continue
+        grads, loss = gradient(task, params, encoded, rows[batch], selection.weights[batch], recipe.terms_per_step)
+        if not np.isfinite(loss):
+            raise _diverged(f"the training loss is {loss} at step {step}", recipe)
+        values, state = optim.update(recipe, optim.clip(grads, recipe.clip), state, list(params.values()), step)
+        params = dict(zip(names, values, strict=True))
+        losses.append(loss * recipe.terms_per_step / max(1, int(encoded.sizes[rows[batch]].sum())))
+        if path and (step + 1) % save_every == 0 and step + 1 < recipe.steps:
+            save(path / "state.safetensors", _named(params, state, losses), key)
+    _check_finite(params, recipe)
+    trained = _named(params, state, losses)
+    if path:
+        save(path / "checkpoint.safetensors", trained, key)
+        (path / "state.safetensors").unlink(missing_ok=True)
+    return trained
+
+
+def _diverged(what: str, recipe: Recipe) -> InputError:
+    return InputError(what, why="training diverged", fix=f"lower lr (now {recipe.lr})")
+
+
+def _check_finite(params: Params, recipe: Recipe) -> None:
+    """The last step has no loss after it that would tell."""
+    for name, p in params.items():
+        if not p.isfinite().all():
+            raise _diverged(f"{name} has weights that are not finite after the last step", recipe)
+
+
+def _named(params: dict[str, Tensor], state: optim.State, losses: list[float]) -> Trained:
+    return Trained(params, {k: dict(zip(params, v, strict=True)) for k, v in state.items()}, list(losses))
+
+
+def save(path: Path, trained: Trained, key: str) -> None:
+    """Weights and optimiser state, keyed by parameter name, as safetensors; the same bytes each time.
+
+    The header holds one entry only: safetensors writes several in an order that changes from call to call.
+    """
+    tensors = {f"param.{k}": v.contiguous() for k, v in trained.params.items()}
+    tensors |= {f"optim.{s}.{k}": v.contiguous() for s, slot in trained.state.items() for k, v in slot.items()}
+    tensors["losses"] = torch.tensor(trained.losses, dtype=torch.float64)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, to_bytes(tensors, metadata={"key": key}))
+
+
+def load(path: Path) -> Trained:
+    """A checkpoint by `save`. Raises `InputError` when it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own type, not exported everywhere
+        raise InputError(
+            "unreadable checkpoint", where=path, why=str(error), fix="delete its folder and run again"
+        ) from error
+    params = {k.removeprefix("param."): v for k, v in tensors.items() if k.startswith("param.")}
+    state: dict[str, dict[str, Tensor]] = {}
+    for k, v in tensors.items():
+        if k.startswith("optim."):
+            slot, name = k.removeprefix("optim.").split(".", 1)
+            state.setdefault(slot, {})[name] = v
+    return Trained(params, state, tensors["losses"].tolist())
+
+
+def _load_state(path: Path, key: str) -> Trained | None:
+    """The kept state of a killed run, if it is whole and of this very run; any damage means: start again."""
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            same = (file.metadata() or {}).get("key") == key
+        return load(path) if same else None
+    except Exception:  # safetensors raises a type of its own
+        return None
+
+
+def fingerprint(params: Params) -> str:
+    """Hash of weights by name."""
+    import xxhash
+
+    return digest(
+        [(k, str(v.dtype), xxhash.xxh3_128_hexdigest(v.detach().numpy().tobytes())) for k, v in sorted(params.items())]
+    )
+
+
+@torch.no_grad()
+def evaluate(task: Task, params: Params, encoded: Encoded, *, area: int = 2 * AREA) -> dict[str, np.ndarray]:
+    """`loss` (the task's measure) of each example, `[n]` float64, and the task's further metrics."""
+    found: dict[str, np.ndarray] = {}
+    for block in blocks(encoded.sizes, area):
+        batch = encoded.inputs(block)
+        numbers = {"loss": task.measure(params, batch), **task.metrics(params, batch)}
+        for name, value in numbers.items():
+            found.setdefault(name, np.zeros(len(encoded)))[block] = value.double().numpy()
+    return found

@@ -1,0 +1,303 @@
+"""The architectures and their Tasks: a small decoder for text, a multilayer perceptron for vectors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xxhash
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from assay.core.errors import InputError
+from assay.core.keys import canonical, write_json
+from assay.core.pool import Pool
+from assay.core.task import Encoded, Inputs, Params, Task
+
+
+class _Block(nn.Module):
+    """Pre-norm attention and MLP, no biases."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        q, k, v = self.qkv(self.norm_attention(x_BTD)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # Padding stands at the end and attention looks back only, so no mask for it is needed.
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D)
+        x_BTD = x_BTD + self.out(mixed)
+        return x_BTD + self.down(F.gelu(self.up(self.norm_mlp(x_BTD))))
+
+
+class Decoder(nn.Module):
+    """A causal transformer with learned positions: tokens `[b, t]` to logits `[b, t, vocab]`."""
+
+    def __init__(self, vocab: int, width: int, layers: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocab, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.head = nn.Linear(width, vocab, bias=False)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Final normalised hidden states, `[b, t, width]`."""
+        # One row of positions for each example, not one for the batch: per-example gradients need it.
+        places = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        x = self.token(tokens_BT) + self.position(places)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return self.head(self.hidden(tokens_BT))
+
+
+def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Initial values keyed by (seed, parameter name), so that no parameter depends on another's draw.
+
+    Norm gains 1, biases 0, embeddings N(0, .02^2), matrices N(0, 1/fan_in); those that write into the residual
+    stream (`out`, `down`) are smaller by sqrt(2 layers), and the readout `head` by a further 1/sqrt(fan_in) down to
+    small logits.
+    """
+    depth = len(getattr(module, "blocks", ())) or 1
+    values: dict[str, Tensor] = {}
+    for name, p in module.named_parameters():
+        key = xxhash.xxh3_64_intdigest(canonical([seed, name]).encode()) >> 1
+        draw = torch.randn(p.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+        if p.dim() < 2:
+            value = torch.ones(p.shape) if "norm" in name and name.endswith(".weight") else torch.zeros(p.shape)
+        elif name.split(".")[0] in ("token", "position"):
+            value = draw * 0.02
+        else:
+            scale = p.shape[1] ** -0.5
+            scale *= (2 * depth) ** -0.5 if name.split(".")[-2] in ("out", "down") else 1.0
+            scale *= p.shape[1] ** -0.5 if name.split(".")[-2] == "head" else 1.0
+            value = draw * scale
+        values[name] = value.to(dtype)
+    return values
+
+
+class _Tokens(Encoded):
+    """Token ids of all documents end to end in one memory-mapped file, with offsets."""
+
+    def __init__(self, path: Path, eot: int) -> None:
+        info = json.loads((path / "tokens.json").read_text())
+        self.offsets = np.load(path / "offsets.npy", allow_pickle=False)
+        self.sizes = np.diff(self.offsets)
+        size = int(self.offsets[-1])
+        self.flat = np.memmap(path / "tokens.bin", info["dtype"], "r", shape=(size,)) if size else np.zeros(0, np.int64)
+        self.eot = eot
+
+    def inputs(self, rows: np.ndarray) -> Inputs:
+        lengths = self.sizes[rows]
+        longest = int(lengths.max(initial=1))
+        targets = np.full((len(rows), longest), self.eot, dtype=np.int64)
+        for line, row in enumerate(rows):
+            targets[line, : lengths[line]] = self.flat[self.offsets[row] : self.offsets[row + 1]]
+        tokens = np.concatenate([np.full((len(rows), 1), self.eot), targets[:, :-1]], axis=1)
+        mask = np.arange(longest)[None, :] < lengths[:, None]
+        return {
+            "tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets),
+            "mask": torch.from_numpy(mask.astype(np.float32)),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(Task):
+    """Next-token prediction by the built-in decoder. An example's terms are its tokens and one end mark, cut at
+    `context`; its loss is their mean, in nats per token.
+    """
+
+    tokenizer: str
+    """JSON text of a `tokenizers` tokenizer whose id 0 is the end mark."""
+    vocab: int
+    width: int = 64
+    layers: int = 3
+    heads: int = 4
+    context: int = 160
+
+    reduction: ClassVar[str] = "mean over tokens"
+    measure_unit: ClassVar[str] = "nats per token"
+    countable: ClassVar[bool] = True
+
+    @cached_property
+    def module(self) -> nn.Module:
+        return Decoder(self.vocab, self.width, self.layers, self.heads, self.context)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def describe(self) -> dict[str, Any]:
+        fields = {k: v for k, v in asdict(self).items() if k != "tokenizer"}
+        return {"task": "text", **fields, "tokenizer": xxhash.xxh3_128_hexdigest(self.tokenizer.encode())}
+
+    def prepare(self, pool: Pool, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self.tokenizer)
+        dtype = np.dtype(np.uint16 if self.vocab <= 1 << 16 else np.uint32)
+        lengths: list[int] = []
+        with open(path / "tokens.bin", "wb") as file:
+            for shard in pool.shards(2048):
+                for code in tokenizer.encode_batch(shard.column("text"), add_special_tokens=False):
+                    ids = (code.ids[: self.context] + [0])[: self.context]
+                    file.write(np.array(ids, dtype=dtype).tobytes())
+                    lengths.append(len(ids))
+        np.save(path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), allow_pickle=False)
+        write_json(path / "tokens.json", {"dtype": dtype.str, "documents": len(lengths)})
+
+    def encoded(self, path: Path) -> Encoded:
+        return _Tokens(path, 0)
+
+    def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
+        logits = functional_call(self.module, dict(params), (batch["tokens"],))
+        nll = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+        mask = batch["mask"].to(logits.dtype)
+        return nll.view_as(mask), mask
+
+    def hidden(self, params: Params, batch: Inputs) -> Tensor:
+        """Final hidden states, `[b, t, width]`."""
+        module = self.module
+        assert isinstance(module, Decoder)
+        return functional_call(_Hidden(module), {f"inner.{k}": v for k, v in params.items()}, (batch["tokens"],))
+
+    def forward_flops(self, terms: np.ndarray) -> float:
+        """2 x (weights of matrices) a token, and 4 x width x length/2 a token and layer for causal attention."""
+        t = np.asarray(terms, dtype=np.float64)
+        matrices = self.layers * 12 * self.width**2 + self.width * self.vocab
+        return float((2 * matrices * t + 2 * self.layers * self.width * t * t).sum())
+
+
+class _Hidden(nn.Module):
+    """Lets `functional_call` reach `Decoder.hidden`."""
+
+    def __init__(self, inner: Decoder) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.inner.hidden(tokens)
+
+
+class Perceptron(nn.Module):
+    """Linear layers with GELU between; `hidden=()` is multinomial logistic regression."""
+
+    def __init__(self, inputs: int, hidden: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        sizes = (inputs, *hidden, classes)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.gelu(layer(x))
+        return self.layers[-1](x)
+
+
+class _Vectors(Encoded):
+    def __init__(self, path: Path) -> None:
+        self.pixels, self.labels = np.load(path / "pixels.npy", mmap_mode="r"), np.load(path / "labels.npy")
+        self.sizes = np.ones(len(self.labels), dtype=np.int64)
+
+    def inputs(self, rows: np.ndarray) -> Inputs:
+        return {"x": torch.from_numpy(self.pixels[rows]), "y": torch.from_numpy(self.labels[rows])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Task):
+    """Cross-entropy of a class given a vector (columns `pixels` and `label`); one term an example."""
+
+    inputs: int = 64
+    hidden: tuple[int, ...] = ()
+    classes: int = 10
+
+    reduction: ClassVar[str] = "one term an example"
+    measure_unit: ClassVar[str] = "nats per example"
+
+    @cached_property
+    def module(self) -> nn.Module:
+        return Perceptron(self.inputs, self.hidden, self.classes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": "classifier", **asdict(self), "hidden": list(self.hidden)}
+
+    def prepare(self, pool: Pool, path: Path) -> None:
+        pixels = np.array(pool.column("pixels"), dtype=np.float32).reshape(len(pool), -1)
+        labels = np.array(pool.column("label"), dtype=np.int64)
+        if pixels.shape[1] != self.inputs:
+            raise InputError(
+                f"vectors have {pixels.shape[1]} numbers, the task says {self.inputs}", fix="set task.inputs"
+            )
+        if len(labels) and not (0 <= labels.min() and labels.max() < self.classes):
+            raise InputError(
+                f"labels run from {labels.min()} to {labels.max()}", fix=f"they must be in 0..{self.classes - 1}"
+            )
+        for name, array in (("pixels", pixels), ("labels", labels)):
+            np.save(path / f"{name}.npy", array, allow_pickle=False)
+
+    def encoded(self, path: Path) -> Encoded:
+        return _Vectors(path)
+
+    def logits(self, params: Params, batch: Inputs) -> Tensor:
+        """`[b, classes]`."""
+        return functional_call(self.module, dict(params), (batch["x"].to(next(iter(params.values())).dtype),))
+
+    def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(self.logits(params, batch), batch["y"], reduction="none")[:, None]
+        return loss, torch.ones_like(loss)
+
+    def margin(self, params: Params, batch: Inputs) -> Tensor:
+        """log p_y - log(1 - p_y), computed as logit_y - logsumexp of the others; `[b]`."""
+        z = self.logits(params, batch)
+        own = z.gather(1, batch["y"][:, None])
+        others = z.scatter(1, batch["y"][:, None], float("-inf")).logsumexp(dim=1)
+        return own[:, 0] - others
+
+    def metrics(self, params: Params, batch: Inputs) -> dict[str, Tensor]:
+        return {"accuracy": (self.logits(params, batch).argmax(dim=1) == batch["y"]).double()}
+
+    def forward_flops(self, terms: np.ndarray) -> float:
+        """2 x (weights of matrices) an example."""
+        sizes = (self.inputs, *self.hidden, self.classes)
+        return float(np.sum(terms)) * 2 * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def train_tokenizer(pool: Pool, *, vocab: int, sample: int = 20_000, seed: int = 0) -> str:
+    """Byte-level BPE (Sennrich 2016) on a keyed sample of the pool's texts; JSON. Independent of the pool's order."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from assay.core.keys import shuffled
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )  # type: ignore[call-arg]
+    order = shuffled(pool.contents, "tokenizer", seed)[:sample]
+    chosen = pool.at(np.sort(order))
+    texts = sorted(chosen.column("text"))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()

@@ -1,0 +1,159 @@
+"""The verbs `train`, `evaluate` and `verify`: paired retraining of every arm, and what it proves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from assay.core.keys import write_bytes
+from assay.core.pool import Pool, positions
+from assay.core.progress import Progress
+from assay.core.run import Meter, Run, tree_rss
+from assay.core.selection import Selection
+from assay.engine import local
+from assay.numerics.stats import crossed_interval, verdict
+
+if TYPE_CHECKING:
+    from assay.core.task import Task
+    from assay.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: an arm at one seed, in its own folder."""
+
+    arm: str
+    seed: int
+    recipe: Recipe
+    rows: np.ndarray
+    selection: Selection
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all jobs share: the task, the encoded pool and the encoded judging half."""
+
+    task: Task
+    pool: Path
+    judging: Path
+
+
+def train_one(bench: Bench, job: Job) -> dict[str, float]:
+    """Train, evaluate every judging item, and keep both; returns what it cost. Runs in a worker."""
+    from assay.train.loop import evaluate, train
+
+    with Meter() as meter:
+        encoded = bench.task.encoded(bench.pool)
+        trained = train(bench.task, encoded, job.rows, job.selection, job.recipe, job.folder)
+        found = evaluate(bench.task, trained.params, bench.task.encoded(bench.judging))
+        arrays = "\n".join(json.dumps({"metric": name, "values": values.tolist()}) for name, values in sorted(found.items()))
+        write_bytes(job.folder / "judged.jsonl", (arrays + "\n").encode())
+    return {"wall": meter.wall, "cpu": meter.cpu}
+
+
+def judged(folder: Path) -> dict[str, np.ndarray]:
+    """Per-item numbers of one job, `[items]` each."""
+    lines = (folder / "judged.jsonl").read_text().splitlines()
+    return {entry["metric"]: np.array(entry["values"]) for entry in map(json.loads, lines)}
+
+
+def paired_training(
+    run: Run, task: Task, pool: Pool, encodings: Mapping[str, Path], judging: Pool, selections: Mapping[str, Selection],
+    recipe: Recipe, *, seeds: int, workers: int = 1, progress: Progress | None = None,
+) -> dict[str, list[dict[str, np.ndarray]]]:  # fmt: skip
+    """Train every arm at the same `seeds` seeds; returns per-item numbers by arm, a list over seeds.
+
+    Pairing: at one seed all arms start from the same weights, and the order of two arms' common examples has one key.
+    """
+    from assay.train import loop, models, optim
+
+    progress = progress or Progress()
+    bench = Bench(task, encodings[pool.fingerprint], encodings[judging.fingerprint])
+    code = [Path(m.__file__ or "").name + ":" + _source(m) for m in (loop, models, optim)]
+    folders: dict[tuple[str, int], Path] = {}
+    todo: list[tuple[Job, Path, dict[str, Any]]] = []
+    for seed in range(seeds):
+        for arm, selection in selections.items():
+            own = recipe.with_seed(recipe.seed * 1000 + seed)
+            key = {
+                "task": task.describe(), "pool": pool.fingerprint, "judging": judging.fingerprint, "recipe": own.spec(),
+                "selection": selection.fingerprint, "code": code,
+            }  # fmt: skip
+            final, part, full = run.place("train", key)
+            folders[arm, seed] = final
+            if not (final / "step.json").exists() and part not in {j.folder for j, _, _ in todo}:
+                part.mkdir(parents=True, exist_ok=True)
+                rows = positions(pool.ids, selection.ids)
+                todo.append((Job(arm, seed, own, rows, selection, part), final, {"name": "train", "key": key, "hash": full}))
+    _work_off(run, bench, todo, len(folders), workers, progress)
+    names = sorted({folder.name for folder in folders.values()})
+    run.absorb("train arms", names, workers)
+    return {arm: [judged(folders[arm, seed]) for seed in range(seeds)] for arm in selections}
+
+
+def _work_off(run: Run, bench: Bench, todo: list[Any], total: int, workers: int, progress: Progress) -> None:
+    progress.begin("train arms", total)
+    progress.advance(total - len(todo))
+    jobs = [job for job, _, _ in todo]
+    for (job, final, about), cost in zip(todo, local.map(train_one, bench, jobs, workers=workers), strict=True):
+        terms = np.full(job.recipe.steps, job.recipe.terms_per_step)
+        sizes = bench.task.encoded(bench.pool).sizes[job.rows]
+        # Every step holds about `terms_per_step` terms of examples of this selection's mean length.
+        flops = 3 * bench.task.forward_flops(sizes) / sizes.sum() * terms.sum()  # type: ignore[attr-defined]
+        stage = {"stage": f"train {job.arm} seed {job.seed}", **cost, "flops": flops, "peak_rss": tree_rss()}
+        run.commit(final, job.folder, about, stage)
+        progress.advance()
+    progress.end()
+
+
+def _source(module: Any) -> str:
+    from assay.core.keys import digest_file
+
+    return digest_file(Path(module.__file__))
+
+
+def compare(arm: np.ndarray, baseline: np.ndarray, *, level: float = 0.95) -> dict[str, Any]:
+    """Gain of an arm over baseline draws, with a verdict.
+
+    `arm` is `[seeds, items]`, `baseline` `[draws, seeds, items]`, both judged losses; gain = baseline - arm, in the
+    unit of the loss, positive = the arm is better. The interval treats draws, seeds and items as crossed random
+    factors (`crossed_interval`).
+    """
+    mean, low, high = crossed_interval(baseline - arm[None], level=level)
+    return {"gain": mean, "ci": [low, high], "verdict": verdict(low, high)}
+
+
+def verify(losses: Mapping[str, np.ndarray], *, level: float = 0.95) -> dict[str, dict[str, Any]]:
+    """Every arm against the random arms (names `random-*`), and each random arm against the other ones.
+
+    `losses[arm]` is `[seeds, items]` on the judging half. With a single random arm its own comparison is missing.
+    """
+    draws = [name for name in losses if name.startswith("random-")]
+    result: dict[str, dict[str, Any]] = {}
+    for name, own in losses.items():
+        others = [losses[d] for d in draws if d != name]
+        seeds = own.mean(axis=1)
+        _, low, high = crossed_interval(own, level=level)
+        entry: dict[str, Any] = {"judged_loss": float(own.mean()), "judged_loss_ci": [low, high], "by_seed": seeds.tolist()}
+        if others:
+            entry |= compare(own, np.stack(others), level=level)
+        if "everything" in losses and name != "everything":
+            entry["over_everything"] = compare(own, losses["everything"][None], level=level)
+        result[name] = entry
+    return result
+
+
+def detectable(losses: Mapping[str, np.ndarray]) -> float:
+    """Smallest gain that these seeds would find four times in five: 2.8 sd sqrt(2 / n) over seeds of the random arms."""
+    draws = [v.mean(axis=1) for name, v in losses.items() if name.startswith("random-")]
+    if not draws or len(draws[0]) < 2:
+        return math.nan
+    sd = float(np.sqrt(np.mean([d.var(ddof=1) for d in draws])))
+    return 2.8 * sd * math.sqrt(2 / len(draws[0]))
