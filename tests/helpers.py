@@ -1,4 +1,4 @@
-"""What several test modules share: small tasks and pools, and functions that worker processes must be able to import."""
+"""What several test modules share: small tasks and pools, and functions that worker processes can import."""
 
 from __future__ import annotations
 

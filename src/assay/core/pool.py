@@ -98,7 +98,7 @@ class Pool:
     @classmethod
     def from_columns(cls, columns: Mapping[str, Sequence[Any]] | pa.Table) -> Pool:
         """A pool in memory. An `id` column, when given, must hold distinct strings."""
-        table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+        table: Any = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
         fields = [table[name].to_pylist() for name in CONTENT if name in table.column_names]
         contents = [content_id(values) for values in zip(*fields, strict=True)]
         ids = table["id"].to_pylist() if "id" in table.column_names else row_ids(contents)

@@ -102,7 +102,7 @@ class Selection:
         return dict(Counter({reason: len(ids) for reason, ids in self.dropped.items()}))
 
     def save(self, path: Path) -> None:
-        """`selected.parquet` (id, weight), `dropped.parquet` (id, reason), `selection.json`; the same bytes each time."""
+        """`selected.parquet` (id, weight), `dropped.parquet` (id, reason), `selection.json`; always the same bytes."""
         path.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"id": decode_ids(self.ids), "weight": self.weights}), path / "selected.parquet")
         ids = [i for group in self.dropped.values() for i in decode_ids(group)]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.func import functional_call  # noqa: F401 - re-exported for tasks that are written against this module
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Params = Mapping[str, Tensor]
 
@@ -46,8 +47,11 @@ class Curvature:
     def product(self, v: Tensor) -> Tensor:
         """`[p] -> [p]`."""
         total = torch.zeros_like(v)
-        for closure in self.batches():
-            total = total + (self._hessian(closure, v) if self.kind == "hessian" else self._ggn(closure, v))
+        step = self._hessian if self.kind == "hessian" else self._ggn
+        # Fused attention has no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            for closure in self.batches():
+                total = total + step(closure, v)
         return total / self.count + self.decay * v
 
     def _leaves(self) -> dict[str, Tensor]:
@@ -66,9 +70,11 @@ class Curvature:
         assert outputs is not None, "a Gauss-Newton product needs the model's outputs"
         # J v by the double-backward trick: differentiate u^T J in u.
         u = torch.zeros_like(outputs, requires_grad=True)
-        back = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs=u, create_graph=True, allow_unused=True)
+        back = torch.autograd.grad(
+            outputs, list(leaves.values()), grad_outputs=u, create_graph=True, materialize_grads=True
+        )
         parts = zip(back, unflat(v, self.params).values(), strict=True)
-        tangent = torch.autograd.grad(sum((b * w).sum() for b, w in parts if b is not None), u, retain_graph=True)[0]
+        tangent = torch.autograd.grad(torch.stack([(b * w).sum() for b, w in parts]).sum(), u, retain_graph=True)[0]
         slope = torch.autograd.grad(losses.sum(), outputs, create_graph=True)[0]
         bent = torch.autograd.grad((slope * tangent.detach()).sum(), outputs, retain_graph=True)[0]
         return _flat_grad((outputs * bent.detach()).sum(), leaves)

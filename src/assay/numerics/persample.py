@@ -100,9 +100,7 @@ def _embedding(layer: nn.Embedding, a: Tensor, d: Tensor, names: Names, sketch: 
     return {"weight": grads.scatter_add_(1, index, d_btr)}
 
 
-def _norm(
-    layer: nn.LayerNorm | nn.RMSNorm, a: Tensor, d: Tensor, names: Names, sketch: Factored
-) -> dict[str, Tensor]:
+def _norm(layer: nn.LayerNorm | nn.RMSNorm, a: Tensor, d: Tensor, names: Names, sketch: Factored) -> dict[str, Tensor]:
     assert len(layer.normalized_shape) == 1, "a rule exists for norms over the last axis only"
     if isinstance(layer, nn.LayerNorm):
         unit = (a - a.mean(-1, keepdim=True)) * (a.var(-1, keepdim=True, unbiased=False) + layer.eps).rsqrt()

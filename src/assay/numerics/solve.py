@@ -28,6 +28,7 @@ def relative_damping(share: float, trace: float, size: int) -> float:
 
 def exact(matrix: Tensor, v: Tensor, *, damping: float = 0.0) -> Solution:
     """Cholesky of `matrix + damping I`. Raises `InputError` when that is not positive definite."""
+    _check_finite(matrix.isfinite().all() and v.isfinite().all())
     damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
@@ -58,6 +59,7 @@ def cg(
     while float(rr.sqrt()) > tolerance * scale and done < limit:
         hd = product(d) + damping * d
         curvature = d @ hd
+        _check_finite(curvature.isfinite())
         if float(curvature) <= 0:
             raise InputError(
                 f"negative curvature after {done} steps of CG at damping {damping:.3g}",
@@ -68,6 +70,15 @@ def cg(
         fresh = r @ r
         d, rr, done = r + (fresh / rr) * d, fresh, done + 1
     return Solution(x, _residual(product(x) + damping * x - v, v), done, damping)
+
+
+def _check_finite(finite: Tensor | bool) -> None:
+    if not bool(finite):
+        raise InputError(
+            "the curvature or the gradients are not finite",
+            why="the model diverged, or numbers left the range of their type",
+            fix="lower the learning rate",
+        )
 
 
 def _residual(gap: Tensor, v: Tensor) -> float:

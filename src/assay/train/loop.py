@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from assay.core.errors import InputError
-from assay.core.keys import digest, shuffled, write_bytes
+from assay.core.keys import canonical, digest, shuffled, write_bytes
 from assay.core.selection import Selection
 from assay.core.task import Encoded, Params, Task
 from assay.train import optim
@@ -77,13 +78,23 @@ def gradient(
         nll, mask = task.terms(leaves, encoded.inputs(rows[block]))
         w = torch.as_tensor(weights[block], dtype=nll.dtype)
         loss = (nll * mask).sum(dim=1) @ w / terms
-        total = list(torch._foreach_add(total, torch.autograd.grad(loss, list(leaves.values()))))
+        part = torch.autograd.grad(loss, list(leaves.values()))
+        total = [t + p for t, p in zip(total, part, strict=True)]
         value += float(loss.detach())
     return total, value
 
 
-def train(task: Task, encoded: Encoded, rows: np.ndarray, selection: Selection, recipe: Recipe, path: Path | None = None, *,
-          start: Params | None = None, save_every: int = 200) -> Trained:  # fmt: skip
+def train(
+    task: Task,
+    encoded: Encoded,
+    rows: np.ndarray,
+    selection: Selection,
+    recipe: Recipe,
+    path: Path | None = None,
+    *,
+    start: Params | None = None,
+    save_every: int = 200,
+) -> Trained:
     """Train on a Selection whose k-th id stands in row `rows[k]` of `encoded`.
 
     With a `path`, the state is kept there every `save_every` steps, a killed run goes on from it to the same bytes,
@@ -134,13 +145,15 @@ def _named(params: dict[str, Tensor], state: optim.State, losses: list[float]) -
 def save(path: Path, trained: Trained, key: str) -> None:
     """Weights and optimiser state, keyed by parameter name, as safetensors; the same bytes each time.
 
-    The header holds one entry only: safetensors writes several in an order that changes from call to call.
+    The header's metadata is one entry, with a checksum: safetensors has none, and writes several entries in an order
+    that changes from call to call.
     """
     tensors = {f"param.{k}": v.contiguous() for k, v in trained.params.items()}
     tensors |= {f"optim.{s}.{k}": v.contiguous() for s, slot in trained.state.items() for k, v in slot.items()}
     tensors["losses"] = torch.tensor(trained.losses, dtype=torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, to_bytes(tensors, metadata={"key": key}))
+    about = canonical({"format": 1, "key": key, "xxh3": fingerprint(tensors)})
+    write_bytes(path, to_bytes(tensors, metadata={"assay": about}))
 
 
 def load(path: Path) -> Trained:
@@ -148,6 +161,9 @@ def load(path: Path) -> Trained:
     try:
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            about = json.loads(file.metadata()["assay"])
+        if about["xxh3"] != fingerprint(tensors):
+            raise ValueError("its bytes do not match its checksum")
     except Exception as error:  # safetensors raises its own type, not exported everywhere
         raise InputError(
             "unreadable checkpoint", where=path, why=str(error), fix="delete its folder and run again"
@@ -165,7 +181,7 @@ def _load_state(path: Path, key: str) -> Trained | None:
     """The kept state of a killed run, if it is whole and of this very run; any damage means: start again."""
     try:
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            same = (file.metadata() or {}).get("key") == key
+            same = json.loads(file.metadata()["assay"])["key"] == key
         return load(path) if same else None
     except Exception:  # safetensors raises a type of its own
         return None
@@ -176,7 +192,10 @@ def fingerprint(params: Params) -> str:
     import xxhash
 
     return digest(
-        [(k, str(v.dtype), xxhash.xxh3_128_hexdigest(v.detach().numpy().tobytes())) for k, v in sorted(params.items())]
+        [
+            (k, str(v.dtype), list(v.shape), xxhash.xxh3_128_hexdigest(v.detach().numpy().tobytes()))
+            for k, v in sorted(params.items())
+        ]
     )
 
 

@@ -141,7 +141,8 @@ class LanguageModel(Task):
         return asdict(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
     def describe(self) -> dict[str, Any]:
         fields = {k: v for k, v in asdict(self).items() if k != "tokenizer"}
@@ -237,7 +238,8 @@ class Classifier(Task):
         return asdict(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
     def describe(self) -> dict[str, Any]:
         return {"task": "classifier", **asdict(self), "hidden": list(self.hidden)}

@@ -1,5 +1,8 @@
 """SGD, momentum and AdamW as pure functions: (gradients, state, params, rate) -> (params, state)."""
 
+# torch's own optimisers use the same fused loops over lists of tensors; they have no public name.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import torch

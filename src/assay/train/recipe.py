@@ -31,8 +31,8 @@ class Recipe(pydantic.BaseModel):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup: float = pydantic.Field(0.1, ge=0, le=1)
-    final: float = pydantic.Field(0.1, ge=0, le=1)
+    warmup: float = pydantic.Field(default=0.1, ge=0, le=1)
+    final: float = pydantic.Field(default=0.1, ge=0, le=1)
     clip: NonNegative = 1.0
     seed: int = 0
 

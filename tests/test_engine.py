@@ -1,0 +1,125 @@
+"""`map`: in order, the same for any number of workers; errors arrive, and no process is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import helpers
+from assay.core.errors import InputError
+from assay.engine import local
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """Worker processes below this one: the server that forks them and the resource tracker stay, by design."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            own = "forkserver" in " ".join(process.cmdline()) or "resource_tracker" in " ".join(process.cmdline())
+            parent = process.parent()
+            forked = parent is not None and parent.pid != pid and process.status() != psutil.STATUS_ZOMBIE
+            if forked or not own:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def wait_for(condition, seconds: float = 15.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_results_come_in_order(workers):
+    assert list(local.map(helpers.scaled, 3, list(range(9)), workers=workers)) == [3 * i for i in range(9)]
+    assert list(local.map(helpers.scaled, 3, [], workers=workers)) == []
+    assert list(local.map(helpers.scaled, 3, [5], workers=workers)) == [15]
+    assert not workers_of(os.getpid())
+
+
+def test_bytes_do_not_depend_on_workers():
+    before = torch.get_num_threads()
+    results = [list(local.map(helpers.threads, None, [1, 2, 3], workers=w)) for w in (1, 2)]
+    assert results[0] == results[1]
+    assert {threads for threads, _ in results[0]} == {1}
+    assert torch.get_num_threads() == before, "the caller's threads changed"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_arrive_intact(workers):
+    results = local.map(helpers.complain, None, list(range(6)), workers=workers)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(InputError) as caught:
+        next(results)
+    error = caught.value
+    assert (error.what, error.where, error.why, error.fix) == ("item 3 is bad", "row 3", "it was made so", "mend it")
+    assert str(error) == "item 3 is bad\n  where: row 3\n  why:   it was made so\n  fix:   mend it"
+    assert wait_for(lambda: not workers_of(os.getpid())), "an error left workers behind"
+
+
+def test_a_killed_worker_is_explained():
+    with pytest.raises(InputError, match="worker process died") as caught:
+        list(local.map(helpers.crash, None, list(range(6)), workers=2))
+    assert "memory" in caught.value.why and "workers" in caught.value.fix
+    assert wait_for(lambda: not workers_of(os.getpid()))
+
+
+def test_leaving_early_leaves_no_workers():
+    start = time.monotonic()
+    for pid in local.map(helpers.pid_after, 0.0, list(range(50)), workers=2):
+        assert pid != os.getpid()
+        break
+    assert wait_for(lambda: not workers_of(os.getpid())), workers_of(os.getpid())
+    results = local.map(helpers.pid_after, 0.2, list(range(500)), workers=2)
+    assert isinstance(results, Generator)
+    next(results)
+    assert workers_of(os.getpid()), "this test does not see workers"
+    results.close()
+    assert wait_for(lambda: not workers_of(os.getpid()))
+    assert time.monotonic() - start < 20
+
+
+MAIN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import helpers
+from assay.engine import local
+if __name__ == "__main__":
+    for _ in local.map(helpers.note_pid, sys.argv[2], list(range(6)), workers=2):
+        print("one", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_die_with_their_parent(tmp_path, number):
+    script, notes = tmp_path / "main.py", tmp_path / "notes"
+    script.write_text(MAIN)
+    notes.mkdir()
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(notes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as main:
+        assert main.stdout is not None and main.stdout.readline() == b"one\n"
+        assert wait_for(lambda: len(list(notes.iterdir())) == 2), "two workers should be busy"
+        pids = [int(p.name) for p in notes.iterdir()]
+        os.kill(main.pid, number)
+        # Not reaped yet: the parent is a zombie, which answers to its pid, as in a container without an init.
+        gone = wait_for(lambda: not any(alive(pid) for pid in pids))
+        main.kill()
+    assert gone, f"workers go on after the main process got {number.name}"
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
