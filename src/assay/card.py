@@ -43,8 +43,14 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
     """The dataset card, in the Markdown with YAML front matter that dataset hubs read."""
     pool, target, training = result["pool"], result["target"], result["training"]
     tokens = "" if arm["tokens"] is None else f", {arm['tokens']:,} tokens"
-    rows = [f"| {d} | {pool['domains'][d]['rows']:,} | {n:,} |" for d, n in sorted(arm["domains"].items()) if d in pool["domains"]]
-    planted = [f"| {k} | {v['in_pool']:,} | {v['selected']:,} | {_times(v['enrichment'])} |" for k, v in arm["planted"].items()]
+    rows = [
+        f"| {d} | {pool['domains'][d]['rows']:,} | {n:,} |"
+        for d, n in sorted(arm["domains"].items())
+        if d in pool["domains"]
+    ]
+    planted = [
+        f"| {k} | {v['in_pool']:,} | {v['selected']:,} | {_times(v['enrichment'])} |" for k, v in arm["planted"].items()
+    ]
     lines = [
         "---", "configs:", "- config_name: default", "  data_files: data.parquet", "tags:", "- data-selection", "- assay", "---", "",
         f"# {_plain(result['name'])}: selected by {_plain(arm['name'])}", "",
@@ -62,7 +68,14 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
         "## Composition", "", "| domain | in pool | selected |", "|---|---|---|", *rows, "",
     ]  # fmt: skip
     if planted:
-        lines += ["## Known defects of the pool", "", "| kind | in pool | selected | enrichment |", "|---|---|---|---|", *planted, ""]
+        lines += [
+            "## Known defects of the pool",
+            "",
+            "| kind | in pool | selected | enrichment |",
+            "|---|---|---|---|",
+            *planted,
+            "",
+        ]
     hits = result["contamination"]
     lines += [
         "## Contamination", "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -80,8 +81,11 @@ def read_pool(job: Job) -> None:
         pool, target, job.truth = _builtin(job)
     else:
         pool = Pool.open(_ingested(job, "pool"))
-        job.quarantined = _quarantine(job.run, "pool")
-        target = None if study.target.path is None else Pool.open(_ingested(job, "target"))
+        job.quarantined = _quarantine(job, "pool")
+        target = None
+        if study.target.path is not None:
+            target = Pool.open(_ingested(job, "target"))
+            _quarantine(job, "target")
     job.progress.advance()
     if target is None:
         pool, target = _held_out(study, pool)
@@ -129,7 +133,10 @@ def _ingested(job: Job, what: str) -> Path:
     source = readers.Source(paths=spec.path, **columns)
     key = readers.fingerprint(source), spec.model_dump(mode="json", exclude={"path", "sample", "truth"})
     return job.run.step(
-        f"read-{what}", key, lambda part, _: void(ingest(source, part, what=what, max_bad=spec.max_bad)), label=f"read {what}"
+        f"read-{what}",
+        key,
+        lambda part, _: void(ingest(source, part, what=what, max_bad=spec.max_bad)),
+        label=f"read {what}",
     )
 
 
@@ -137,11 +144,16 @@ def void(_: object) -> None:
     """Drops a value where a callback must return nothing."""
 
 
-def _quarantine(run: Run, what: str) -> dict[str, Any]:
-    import json
-
-    name = next(n for n in run.used if n.startswith(f"read-{what}"))
-    return json.loads((run.path / "steps" / name / "pool.json").read_text())["quarantined"]
+def _quarantine(job: Job, what: str) -> dict[str, Any]:
+    """The rows that were set aside when a file was read; the user is told how many and why."""
+    name = next(n for n in job.run.used if n.startswith(f"read-{what}"))
+    step = job.run.path / "steps" / name
+    found = json.loads((step / "pool.json").read_text(encoding="utf-8"))["quarantined"]
+    if found["total"]:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in found["reasons"].items())
+        rows = "1 row" if found["total"] == 1 else f"{found['total']} rows"
+        job.warn(f"{rows} of the {what} set aside: {reasons} (see {step / 'quarantine.jsonl'})")
+    return found
 
 
 def _held_out(study: Study, pool: Pool) -> tuple[Pool, Pool]:
@@ -166,7 +178,9 @@ def _truth(study: Study, pool: Pool) -> dict[bytes, str]:
     try:
         table = pq.read_table(path, columns=["id", study.pool.truth_kind])
     except Exception as error:
-        raise InputError("unreadable truth", where=path, why=str(error).splitlines()[0], fix="a Parquet file with `id` and a kind") from error
+        raise InputError(
+            "unreadable truth", where=path, why=str(error).splitlines()[0], fix="a Parquet file with `id` and a kind"
+        ) from error
     known = set(pool.ids.tolist())
     pairs = zip(table["id"].to_pylist(), table[study.pool.truth_kind].to_pylist(), strict=True)
     return {str(i).encode(): str(kind) for i, kind in pairs if str(i).encode() in known}
@@ -178,7 +192,8 @@ def _distinct(pool: Pool, target: Pool, named: bool) -> None:
         if len(shared):
             raise InputError(
                 f"{len(shared)} ids stand in both the pool and the target, the first is {shared[0].decode()!r}",
-                where="target", why="a target that is trained on proves nothing", fix="remove them from one of the two files",
+                where="target", why="a target that is trained on proves nothing",
+                fix="remove them from one of the two files",
             )  # fmt: skip
     same = np.isin(target.contents, pool.contents)
     if len(target) and same.mean() > 0.5:
@@ -191,7 +206,6 @@ def _distinct(pool: Pool, target: Pool, named: bool) -> None:
 
 def check_contamination(job: Job) -> None:
     """The gate: pool examples that contain target items are found before anything is scored."""
-    import json
 
     def build(part: Path, _: Ledger) -> None:
         hits = gate.contamination(job.pool, job.target)
@@ -252,7 +266,8 @@ def train_proxies(job: Job) -> None:
     study = job.study
     job.measurer = Measurer(
         job.run, job.pool, job.target.selecting, seed=study.seed, task=task, models=models, encodings=job.encodings,
-        key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch, shard=study.shard, progress=job.progress,
+        key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch, shard=study.shard,
+        progress=job.progress,
     )  # fmt: skip
 
 
@@ -324,7 +339,8 @@ def select(job: Job) -> None:
 
         key = {
             "scores": job.measurer.path(method, job.pool).name, "select": selector.spec(), "code": selector.code(),
-            "budget": [job.budget.amount, job.budget.unit], "barred": digest([i.decode() for i in job.hits.ids.tolist()]),
+            "budget": [job.budget.amount, job.budget.unit],
+            "barred": digest([i.decode() for i in job.hits.ids.tolist()]),
         }  # fmt: skip
         path = job.run.step("select", key, build, label="select")
         job.free[name], job.selections[name] = Selection.open(path / "free"), Selection.open(path / "final")
@@ -349,7 +365,15 @@ def train_arms(job: Job) -> None:
     )  # fmt: skip
 
 
-STAGES: tuple[Callable[[Job], None], ...] = (read_pool, check_contamination, build_task, train_proxies, score, select, train_arms)
+STAGES: tuple[Callable[[Job], None], ...] = (
+    read_pool,
+    check_contamination,
+    build_task,
+    train_proxies,
+    score,
+    select,
+    train_arms,
+)
 
 
 def run_study(
@@ -363,9 +387,9 @@ def run_study(
     progress = progress or Progress()
     run = Run.open(out, study.spec(), replace=replace)
     job = Job(study, run, workers or local.default_workers(), progress, command)
-    for arm in study.contestants():
-        job.methods[arm.name], job.selectors[arm.name] = make(Scorer, arm.method), make(Selector, arm.select)
     try:
+        for arm in study.contestants():
+            job.methods[arm.name], job.selectors[arm.name] = make(Scorer, arm.method), make(Selector, arm.select)
         with Meter() as meter:
             if estimate:
                 estimate(job)

@@ -15,7 +15,7 @@ import numpy as np
 from assay.core.errors import InputError
 from assay.core.keys import canonical, write_json
 from assay.core.method import Featurizer, Method
-from assay.core.pool import Pool, positions
+from assay.core.pool import Pool
 from assay.core.progress import Progress
 from assay.core.run import Ledger, Run
 from assay.core.table import Table, TableWriter
@@ -35,6 +35,13 @@ def uses_model(method: Method) -> bool:
     return getattr(method, "cost", "none") not in ("none", "text") or any(uses_model(c) for c in method.children())
 
 
+def _family(method: Method) -> Iterator[Method]:
+    """A method and all that it holds, at any depth."""
+    yield method
+    for child in method.children():
+        yield from _family(child)
+
+
 class Rows:
     """A batch: some rows of a pool, read when asked for."""
 
@@ -46,10 +53,15 @@ class Rows:
         return self._work.pool.at(self._rows).column(name)
 
     def table(self, method: Method) -> np.ndarray:
-        return self._work.opened(method).rows(int(self._rows.min()), int(self._rows.max()) + 1)[self._rows - self._rows.min()]
+        start = int(self._rows.min()) // self._work.shard * self._work.shard
+        return self._work.block(method, start)[self._rows - start]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return self._inputs
 
     @cached_property
-    def inputs(self) -> dict[str, Any]:
+    def _inputs(self) -> dict[str, Any]:
         return self._work.encoded.inputs(self._rows)
 
 
@@ -66,13 +78,16 @@ class Work:
     batch: int
     shard: int
     _open: dict[str, Table] = field(default_factory=dict)
+    _held: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "encoded"} | {"_open": {}}
+        return {k: v for k, v in self.__dict__.items() if k != "encoded"} | {"_open": {}, "_held": {}}
 
     @cached_property
     def encoded(self) -> Encoded:
-        assert self.task is not None and self.path is not None, f"{self.method.name} asked for model inputs without a task"
+        assert self.task is not None and self.path is not None, (
+            f"{self.method.name} asked for model inputs without a task"
+        )
         return self.task.encoded(self.path)
 
     def opened(self, method: Method) -> Table:
@@ -80,6 +95,14 @@ class Work:
         if key not in self._open:
             self._open[key] = Table.open(self.tables[key])
         return self._open[key]
+
+    def block(self, method: Method, start: int) -> np.ndarray:
+        """The rows of a nested method's Table for the shard that begins at `start`; read and checked once."""
+        key = canonical(method.spec())
+        held = self._held.get(key)
+        if held is None or held[0] != start:
+            held = self._held[key] = start, self.opened(method).rows(start, start + self.shard)
+        return held[1]
 
     def batches(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Positions of one shard, in batches. With a model: of like length, so that little is padding."""
@@ -105,7 +128,9 @@ def compute(work: Work, index: int) -> np.ndarray:
         values = values[:, None] if values.ndim == 1 else values
         if len(values) != len(rows):
             name = work.method.name
-            raise InputError(f"{name} returned {len(values)} rows for {len(rows)} examples", fix="one row for each example, in order")
+            raise InputError(
+                f"{name} returned {len(values)} rows for {len(rows)} examples", fix="one row for each example, in order"
+            )
         if result is None:
             result = np.zeros((stop - start, values.shape[1]), dtype=values.dtype)
         result[rows - start] = values
@@ -125,6 +150,9 @@ class Measurer:
         models: list[dict[str, Any]] | None = None, encodings: dict[str, Path] | None = None, key: str = "",
         workers: int = 1, batch: int = 64, shard: int = 1024, progress: Progress | None = None,
     ) -> None:  # fmt: skip
+        for what, part in (("pool", pool), ("target", target)):
+            if not len(part):
+                raise InputError(f"the {what} is empty", why="nothing can be measured", fix="give at least 1 example")
         self.run, self.pool, self.target, self.seed, self.task = run, pool, target, seed, task
         self.models, self.encodings, self.key = models or [], encodings or {}, key
         self.trained_on = len(pool)
@@ -184,7 +212,7 @@ class Measurer:
 
     def _key(self, method: Method, pool: Pool) -> dict[str, Any]:
         return {
-            "method": method.spec(), "code": [m.code() for m in (method, *method.children())], "pool": pool.fingerprint,
+            "method": method.spec(), "code": [m.code() for m in _family(method)], "pool": pool.fingerprint,
             "target": self.target.fingerprint, "reference": self.pool.fingerprint, "seed": self.seed,
             "models": self.key if uses_model(method) else "", "batch": self.batch, "shard": self.shard,
         }  # fmt: skip
@@ -238,9 +266,10 @@ class Measurer:
         method, model = work.method, uses_model(work.method)
         assert not model or (self.key and self.task), "scores of a model need the model's key"
         return {
-            "estimator": method.spec(), "code": method.code(), "sign": "higher = keep", "unit": getattr(method, "unit", "vector"),
-            "measures_utility": getattr(method, "measures_utility", False), "target": self.target.fingerprint,
-            "pool": work.pool.fingerprint, "models": self.key if model else None, "seed": self.seed,
+            "estimator": method.spec(), "code": method.code(), "sign": "higher = keep",
+            "unit": getattr(method, "unit", "vector"), "measures_utility": getattr(method, "measures_utility", False),
+            "target": self.target.fingerprint, "pool": work.pool.fingerprint,
+            "models": self.key if model else None, "seed": self.seed,
             "loss_reduction": self.task.reduction if model and self.task else None, "device": "cpu",
         }  # fmt: skip
 

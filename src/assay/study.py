@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from assay.core.errors import InputError, nearest
 from assay.core.method import Count, NonNegative, Positive, Scorer, Selector, make
+from assay.core.selection import Budget
 from assay.train.recipe import Recipe
 
 DEFAULT_METHODS = ("random", "length", "loss", "exact_dup", "bm25", "loss_diff", "graddot", "trak")
+
+
+# Names that become files: no path may hide in them.
+FileName = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,99}$")]
 
 
 class _Spec(pydantic.BaseModel):
@@ -34,10 +41,10 @@ class PoolSpec(_Spec):
     """Use a keyed random sample of this many rows."""
     size: Count = 12_000
     """Rows of the built-in pool."""
-    flip: float = pydantic.Field(0.1, ge=0, lt=1)
+    flip: float = pydantic.Field(default=0.1, ge=0, lt=1)
     """Share of wrong labels planted in the built-in digits."""
     max_chars: Count = 1_000_000
-    max_bad: float = pydantic.Field(0.05, ge=0, le=1)
+    max_bad: float = pydantic.Field(default=0.05, ge=0, le=1)
     truth: str | None = None
     """Parquet of known defects by id, for the report only: no method sees it."""
     truth_kind: str = "kind"
@@ -56,18 +63,18 @@ class TargetSpec(_Spec):
     id: str | None = None
     group: str | None = None
     max_chars: Count = 1_000_000
-    max_bad: float = pydantic.Field(0.05, ge=0, le=1)
+    max_bad: float = pydantic.Field(default=0.05, ge=0, le=1)
 
 
 class TaskSpec(_Spec):
     """The model. `text`: the built-in decoder with its own tokenizer. `classifier`: vectors and labels."""
 
     kind: Literal["text", "classifier"] = "text"
-    vocab: int = pydantic.Field(1024, ge=260)
+    vocab: int = pydantic.Field(default=1024, ge=260)
     width: Count = 64
     layers: Count = 3
     heads: Count = 4
-    context: int = pydantic.Field(160, ge=8)
+    context: int = pydantic.Field(default=160, ge=8)
     hidden: tuple[int, ...] = ()
     inputs: Count = 64
     classes: Count = 10
@@ -93,17 +100,17 @@ class TrainSpec(_Spec):
 class VerifySpec(_Spec):
     """How arms are compared: `seeds` paired trainings of each, `random` independent random selections."""
 
-    seeds: int = pydantic.Field(4, ge=2)
-    random: int = pydantic.Field(3, ge=1)
+    seeds: int = pydantic.Field(default=4, ge=2)
+    random: int = pydantic.Field(default=3, ge=1)
     everything: bool = False
     """Add an arm trained on the whole pool."""
-    level: float = pydantic.Field(0.95, gt=0, lt=1)
+    level: float = pydantic.Field(default=0.95, gt=0, lt=1)
 
 
 class ArmSpec(_Spec):
     """One contestant: a scorer, and how its scores become a set."""
 
-    name: str
+    name: FileName
     method: Any
     select: Any = "cut"
 
@@ -111,8 +118,8 @@ class ArmSpec(_Spec):
 class Study(_Spec):
     """The whole job. `resolve` fills in what was left open, so that the stored study says everything."""
 
-    name: str = "study"
-    seed: int = 0
+    name: FileName = "study"
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
     pool: PoolSpec
     target: TargetSpec
     task: TaskSpec = TaskSpec()
@@ -127,11 +134,16 @@ class Study(_Spec):
     shard: Count = 1024
     """Rows of one unit of work; fixed here so that no engine can change a result."""
 
+    @pydantic.field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
     def contestants(self) -> list[ArmSpec]:
         """Arms by name: `random` becomes `random-1..n`, each with its own draw."""
         arms: list[ArmSpec] = []
         for spec in (*self.methods, *self.arms):
-            arm = spec if isinstance(spec, ArmSpec) else ArmSpec(name=_name(spec), method=spec)
+            arm = spec if isinstance(spec, ArmSpec) else _arm(spec)
             if arm.method == "random":
                 arms += [_random(r + 1, self.seed) for r in range(self.verify.random)]
             else:
@@ -146,7 +158,7 @@ class Study(_Spec):
 
     def spec(self) -> dict[str, Any]:
         """Plain JSON, with the options of every method written out."""
-        plain = self.model_dump(mode="json", exclude={"methods", "arms"})
+        plain = self.model_dump(mode="json", exclude={"methods", "arms"}) | {"methods": []}
         plain["arms"] = [
             {"name": a.name, "method": make(Scorer, a.method).spec(), "select": make(Selector, a.select).spec()}
             for a in self.contestants()
@@ -154,12 +166,15 @@ class Study(_Spec):
         return plain
 
 
-def _name(spec: Any) -> str:
-    if isinstance(spec, Mapping) and "name" in spec:
-        return str(spec["name"])
-    if isinstance(spec, str):
-        return spec
-    raise InputError(f"not a method: {spec!r}", where="methods", fix="give a name, or a table with a name and options")
+def _arm(spec: Any) -> ArmSpec:
+    """A method as an arm of its own name; a name that is no method is told as such."""
+    name = spec.get("name") if isinstance(spec, Mapping) else spec
+    if not isinstance(name, str) or name.startswith("."):
+        raise InputError(
+            f"not a method: {spec!r}", where="methods", fix="give a name, or a table with a name and options"
+        )
+    make(Scorer, spec)
+    return ArmSpec(name=name, method=spec)
 
 
 def _random(number: int, seed: int) -> ArmSpec:
@@ -167,44 +182,151 @@ def _random(number: int, seed: int) -> ArmSpec:
 
 
 def parse(data: Mapping[str, Any], *, where: str = "study") -> Study:
-    """A Study from nested tables. Raises `InputError` for unknown keys (naming the nearest), wrong types, and both or
-    neither of a path and a built-in."""
+    """A Study from nested tables. Raises `InputError` for unknown keys (naming the nearest), wrong types, keys that do
+    not go together, and both or neither of a path and a built-in."""
     try:
         study = Study.model_validate(data)
     except pydantic.ValidationError as error:
         raise _explain(error, where) from error
-    for name, part in (("pool", study.pool), ("target", study.target)):
-        ways = [part.path, part.builtin] + ([part.domain] if isinstance(part, TargetSpec) else [])
-        given = sum(w is not None for w in ways)
-        digits = study.pool.builtin == "digits" and name == "target"
-        if given != 1 and not (digits and given == 0):
-            options = "path, builtin" + (" and domain" if name == "target" else "")
-            raise InputError(f"[{name}] needs exactly one of {options}", where=where, why=f"{given} are given", fix=f"set {name}.path")
+    _check_sources(study, where)
+    _check_task(study, where)
+    _check_budget(study, where)
     for arm in study.contestants():
-        make(Scorer, arm.method)
-        make(Selector, arm.select)
+        try:
+            make(Scorer, arm.method)
+            make(Selector, arm.select)
+        except InputError as error:
+            raise InputError(error.what, where=error.where or where, why=error.why, fix=error.fix) from error
+    for key, value in _leaves(study.spec()):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key} cannot be {value}", where=where, why="it must be finite", fix="give a number")
     return study
 
 
+def _check_sources(study: Study, where: str) -> None:
+    pool, target = study.pool, study.target
+    if (pool.path is None) == (pool.builtin is None):
+        why, fix = (
+            ("neither is given", "set pool.path") if pool.path is None else ("both are given", "drop one of them")
+        )
+        raise InputError("[pool] needs exactly one of path and builtin", where=where, why=why, fix=fix)
+    given = [key for key in ("path", "builtin", "domain") if getattr(target, key) is not None]
+    if pool.builtin is None:
+        if "builtin" in given:
+            why = "target.builtin goes with pool.builtin, and the pool is a path"
+            raise InputError(
+                "[target] has no file", where=where, why=why, fix="set target.path or target.domain instead"
+            )
+        if len(given) != 1:
+            why, fix = ("both are given", "drop one of them") if given else ("neither is given", "set target.path")
+            raise InputError("[target] needs exactly one of path and domain", where=where, why=why, fix=fix)
+    else:
+        wrong = [key for key in given if key != "builtin" or pool.builtin == "digits"]
+        if wrong:
+            why = f"pool.builtin = {pool.builtin!r} brings its own target"
+            raise InputError(
+                f"target.{wrong[0]} does nothing here", where=where, why=why, fix=f"drop target.{wrong[0]}"
+            )
+    unused = {"size": "builtin", "flip": "builtin"} if pool.builtin is None else dict.fromkeys(
+        ("text", "image", "id", "domain", "keep", "max_chars", "max_bad"), "path"
+    )  # fmt: skip
+    for key, partner in unused.items():
+        if getattr(pool, key) != PoolSpec.model_fields[key].default:
+            why = f"it goes with pool.{partner}, which is not given"
+            raise InputError(f"pool.{key} does nothing here", where=where, why=why, fix=f"drop pool.{key}")
+
+
+def _check_task(study: Study, where: str) -> None:
+    task = study.task
+    digits = study.pool.builtin == "digits"
+    if digits != (task.kind == "classifier"):
+        why = "the digits are vectors with labels" if digits else "the pool is text, without vectors and labels"
+        fix = f"set task.kind = {'classifier' if digits else 'text'!r}"
+        raise InputError(f"task.kind = {task.kind!r} does not fit the pool", where=where, why=why, fix=fix)
+    if digits and (task.inputs, task.classes) != (64, 10):
+        why = f"an image has 64 pixels and there are 10 digits, not {task.inputs} and {task.classes}"
+        raise InputError("the classifier does not fit the digits", where=where, why=why, fix="drop both keys")
+    if task.kind == "text" and task.width % task.heads:
+        why = "each head takes an equal share"
+        fix = f"set task.width to a multiple of {task.heads}"
+        raise InputError(
+            f"a width of {task.width} cannot be shared by {task.heads} heads", where=where, why=why, fix=fix
+        )
+
+
+def _check_budget(study: Study, where: str) -> None:
+    """What no pool can mend is found now and not after the scoring."""
+    most = 10**15
+    try:
+        Budget.parse(study.budget, examples=most, tokens=most)
+    except InputError as error:
+        if error.what.startswith("unreadable"):
+            raise InputError(error.what, where=where, why=error.why, fix=error.fix) from error
+        raise InputError(
+            f"budget {study.budget!r} selects nothing, or more than the pool",
+            where=where, why="a budget is above zero and at most 100%", fix="write '10%', '300ktok' or '20k', say",
+        ) from error  # fmt: skip
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (dict, list)):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+_TAKES = {
+    "string_type": "a string", "tuple_type": 'a list, such as ["a", "b"]', "int_type": "a whole number",
+    "int_parsing": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "float_parsing": "a number", "bool_type": "true or false", "bool_parsing": "true or false",
+    "model_type": "a table of keys", "string_unicode": "UTF-8 text",
+    "string_pattern_mismatch": "a name of up to 100 characters without / and without a dot in front",
+}  # fmt: skip
+
+
 def _explain(error: pydantic.ValidationError, where: str) -> InputError:
-    first = error.errors()[0]
-    path = [str(p) for p in first["loc"]]
-    dotted = ".".join(path)
+    problems = error.errors()
+    unknown = [p for p in problems if p["type"] == "extra_forbidden"]
+    first = (unknown or problems)[0]
+    # Of a union, pydantic names the branch it tried: that is no part of the user's key.
+    path = [p for p in first["loc"] if isinstance(p, int) or p in _known_keys() or p == first["loc"][-1] and unknown]
+    dotted = ".".join(map(str, path))
     if first["type"] == "extra_forbidden":
-        return InputError(f"unknown key {dotted!r}", where=where, fix=nearest(path[-1], _fields(path[:-1])))
+        return InputError(f"unknown key {dotted!r}", where=where, fix=nearest(str(path[-1]), _fields(path[:-1])))
     if first["type"] == "missing":
-        return InputError(f"the study has no {dotted!r}", where=where, fix=f"add [{dotted}]")
-    given = first.get("input")
-    return InputError(f"{dotted} cannot be {given!r}", where=where, why=first["msg"], fix="see `assay init` for an example")
+        return InputError(f"the study has no {dotted!r}", where=where, fix=f"add {dotted}: see `assay init`")
+    takes = " or ".join(
+        dict.fromkeys(
+            _TAKES[p["type"]] for p in problems if p["type"] in _TAKES and p["loc"][: len(path)] == tuple(path)
+        )
+    )
+    fix = f"it takes {takes}" if takes else "see `assay init` for an example"
+    return InputError(f"{dotted} cannot be {first.get('input')!r}", where=where, why=first["msg"], fix=fix)
 
 
-def _fields(path: Sequence[str]) -> list[str]:
+def _models(model: Any) -> Iterator[Any]:
+    """A model and all models in its fields."""
+    yield model
+    for field in model.model_fields.values():
+        for inner in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
+                yield from _models(inner)
+
+
+def _known_keys() -> set[str]:
+    return {key for model in _models(Study) for key in model.model_fields}
+
+
+def _fields(path: Sequence[str | int]) -> list[str]:
+    """The keys of the table at a path of keys and places in lists."""
     model: Any = Study
     for part in path:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            break
-        model = field.annotation
+        if isinstance(part, int):
+            model = next(iter(typing.get_args(model)), None)
+        else:
+            field = getattr(model, "model_fields", {}).get(part)
+            model = None if field is None else field.annotation
     return list(getattr(model, "model_fields", {}))
 
 
@@ -215,8 +337,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
     except FileNotFoundError as error:
         near = [p.name for p in path.parent.glob("*.toml")] if path.parent.exists() else []
         raise InputError("no such study", where=path, fix=nearest(path.name, near)) from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError("unreadable study", where=path, why=str(error), fix="it must be a TOML file: see `assay init`") from error
+    except OSError as error:
+        raise InputError(
+            "unreadable study", where=path, why=error.strerror or str(error), fix="give a TOML file that you may read"
+        ) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(
+            "unreadable study", where=path, why=str(error), fix="it must be a TOML file: `assay init POOL` writes one"
+        ) from error
     for part in ("pool", "target"):
         table = data.get(part)
         if isinstance(table, dict):
@@ -229,7 +357,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
 def _relative(value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_relative(v, folder) for v in value]
-    if isinstance(value, str) and "://" not in value and not Path(value).is_absolute():
+    if isinstance(value, str) and value and "://" not in value and not value.startswith(("/", "~")):
         return str(folder / value)
     return value
 
@@ -242,20 +370,26 @@ def override(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """
     for item in overrides:
         key, found, value = item.partition("=")
-        if not found or not key:
+        *parents, last = [part.strip() for part in key.split(".")]
+        if not found or not all((*parents, last)):
             raise InputError(f"unreadable override {item!r}", where="--set", fix="write --set key.subkey=value")
-        try:
-            parsed = tomllib.loads(f"x = {value}")["x"]
-        except tomllib.TOMLDecodeError:
-            parsed = value
-        table = data
-        *parents, last = key.strip().split(".")
+        parsed, table = _value(item, value.strip()), data
         for parent in parents:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise InputError(f"{parent!r} is not a table", where=f"--set {item}", fix="check the dotted key")
         table[last] = parsed
     return data
+
+
+def _value(item: str, text: str) -> Any:
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        if text.startswith(("[", "{", '"', "'")):
+            fix = 'close its quotes and brackets, and quote it for the shell: --set \'a.b=["x", "y"]\''
+            raise InputError("unreadable value", where=f"--set {item}", why=str(error), fix=fix) from error
+        return text
 
 
 __all__ = ["ArmSpec", "NonNegative", "PoolSpec", "Study", "TargetSpec", "TaskSpec", "load", "override", "parse"]

@@ -90,7 +90,9 @@ def _training(job: Job) -> dict[str, Any]:
     assert job.task is not None
     recipe = job.recipe
     parameters = sum(p.numel() for p in job.task.module.parameters())
-    chosen = [int(job.sizes[positions(job.pool.ids, s.ids)].sum()) for n, s in job.selections.items() if n != "everything"]
+    chosen = [
+        int(job.sizes[positions(job.pool.ids, s.ids)].sum()) for n, s in job.selections.items() if n != "everything"
+    ]
     seen = recipe.steps * recipe.terms_per_step
     return {
         "model": job.study.task.kind, "parameters": parameters, "steps": recipe.steps,
@@ -100,16 +102,22 @@ def _training(job: Job) -> dict[str, Any]:
 
 
 def _scores(job: Job, name: str) -> np.ndarray:
-    from assay.job import scores_of
-
-    return scores_of(job, name)
+    """The column an arm was cut by, in pool order."""
+    table = job.measurer.table(job.methods[name])
+    return table.column(getattr(job.selectors[name], "column", "") or table.columns[0])
 
 
 def _arm(job: Job, name: str, found: dict[str, Any], domains: np.ndarray, clean: np.ndarray) -> dict[str, Any]:
     assert job.task is not None
     selection, method = job.selections[name], job.methods.get(name)
     rows = positions(job.pool.ids, selection.ids)
-    training = 3 * job.task.forward_flops(job.sizes[rows]) / job.sizes[rows].sum() * job.recipe.steps * job.recipe.terms_per_step
+    training = (
+        3
+        * job.task.forward_flops(job.sizes[rows])
+        / job.sizes[rows].sum()
+        * job.recipe.steps
+        * job.recipe.terms_per_step
+    )
     flops, seconds = (0.0, 0.0) if method is None else _cost(job, method)
     baseline = name.startswith("random-") or name == "everything"
     metrics: dict[str, float] = {}
@@ -117,14 +125,16 @@ def _arm(job: Job, name: str, found: dict[str, Any], domains: np.ndarray, clean:
         if metric != "loss":
             metrics[metric] = float(np.mean([seed[metric][clean].mean() for seed in job.judged[name]]))
     entry = {
-        "name": name, "cost_class": getattr(method, "cost", "none"), "measures_utility": getattr(method, "measures_utility", False),
-        "judged_loss": found["judged_loss"], "judged_loss_ci": found["judged_loss_ci"], "by_seed": found["by_seed"],
-        "gain_over_random": found.get("gain"), "ci": found.get("ci"), "verdict": "baseline" if baseline else found["verdict"],
+        "name": name, "cost_class": getattr(method, "cost", "none"),
+        "measures_utility": getattr(method, "measures_utility", False), "judged_loss": found["judged_loss"],
+        "judged_loss_ci": found["judged_loss_ci"],
+        "by_seed": found["by_seed"], "gain_over_random": found.get("gain"), "ci": found.get("ci"),
+        "verdict": "baseline" if baseline else found["verdict"],
         "versus_random": found.get("verdict"), "selection_flops": flops, "training_flops": training,
         "selection_flops_share": flops / training, "selection_seconds": seconds, "selected": len(selection),
-        "tokens": int(job.sizes[rows].sum()) if job.task.countable else None, "domains": dict(Counter(domains[rows].tolist())),
-        "contamination": _hits(job, job.free[name]), "planted": _planted(job, name, selection), "dropped": selection.reasons(),
-        "metrics": metrics,
+        "tokens": int(job.sizes[rows].sum()) if job.task.countable else None,
+        "domains": dict(Counter(domains[rows].tolist())), "contamination": _hits(job, job.free[name]),
+        "planted": _planted(job, name, selection), "dropped": selection.reasons(), "metrics": metrics,
     }  # fmt: skip
     if "over_everything" in found:
         entry["over_everything"] = found["over_everything"]
@@ -158,7 +168,11 @@ def _planted(job: Job, name: str, selection: Selection) -> dict[str, Any]:
     table: dict[str, Any] = {}
     values = _scores(job, name) if name in job.methods else None
     for kind, count in sorted(inside.items()):
-        entry = {"selected": taken[kind], "in_pool": count, "enrichment": taken[kind] / count / share if share else None}
+        entry = {
+            "selected": taken[kind],
+            "in_pool": count,
+            "enrichment": taken[kind] / count / share if share else None,
+        }
         if values is not None:
             # Probability that a row of this kind is scored below a row that is not planted.
             rows = (kinds == kind) | (kinds == "")
@@ -203,7 +217,8 @@ def _distribution(job: Job, values: np.ndarray, domains: np.ndarray, loss: np.nd
     return {
         "domains": histograms, "scatter": scatter, "spearman_length": _finite(spearman(values, lengths)),
         "spearman_loss": None if loss is None else _finite(spearman(values, loss)),
-        "top": _examples(job, values, order[:EXAMPLES], domains), "bottom": _examples(job, values, order[::-1][:EXAMPLES], domains),
+        "top": _examples(job, values, order[:EXAMPLES], domains),
+        "bottom": _examples(job, values, order[::-1][:EXAMPLES], domains),
     }  # fmt: skip
 
 
@@ -216,13 +231,14 @@ def _texts(job: Job, rows: np.ndarray) -> list[str]:
 
 def _examples(job: Job, values: np.ndarray, rows: np.ndarray, domains: np.ndarray) -> list[dict[str, Any]]:
     ranks = (values[:, None] <= values[rows][None]).mean(axis=0) * 100
-    sizes, ids = job.sizes, job.pool.ids
+    sizes, ids = job.sizes, job.pool.ids[rows].tolist()
     return [
         {
-            "id": ids[row].decode(), "domain": str(domains[row]), "score": float(values[row]), "percentile": float(rank),
-            "length": int(sizes[row]), "text": text[:TEXT], "planted": job.truth.get(ids[row]),
+            "id": name.decode(), "domain": str(domains[row]), "score": float(values[row]),
+            "percentile": float(rank), "length": int(sizes[row]), "text": text[:TEXT],
+            "planted": job.truth.get(name),
         }
-        for row, rank, text in zip(rows.tolist(), ranks.tolist(), _texts(job, rows), strict=True)
+        for row, name, rank, text in zip(rows.tolist(), ids, ranks.tolist(), _texts(job, rows), strict=True)
     ]  # fmt: skip
 
 
@@ -249,13 +265,19 @@ def _checks(job: Job, verdicts: dict[str, Any]) -> list[dict[str, Any]]:
     for name in job.methods:
         table = job.measurer.table(job.methods[name])
         ok = len(table) == len(job.pool) and bool((table.ids == job.pool.ids).all())
-        checks.append({"name": f"{name}: every id scored once", "ok": ok, "detail": f"{len(table)} of {len(job.pool)} rows"})
+        checks.append(
+            {"name": f"{name}: every id scored once", "ok": ok, "detail": f"{len(table)} of {len(job.pool)} rows"}
+        )
     limit, unit = job.budget.amount, job.budget.unit
     for name, selection in job.selections.items():
         if name != "everything":
             used = int(job.sizes[positions(job.pool.ids, selection.ids)].sum()) if unit == "tokens" else len(selection)
-            checks.append({"name": f"{name}: within budget", "ok": used <= limit, "detail": f"{used:,} of {limit:,} {unit}"})
+            checks.append(
+                {"name": f"{name}: within budget", "ok": used <= limit, "detail": f"{used:,} of {limit:,} {unit}"}
+            )
     for name, selection in job.selections.items():
         clean = not np.isin(selection.ids, job.hits.ids).any()
-        checks.append({"name": f"{name}: no contaminated row", "ok": clean, "detail": f"{len(job.hits.ids)} rows barred"})
+        checks.append(
+            {"name": f"{name}: no contaminated row", "ok": clean, "detail": f"{len(job.hits.ids)} rows barred"}
+        )
     return checks

@@ -53,7 +53,9 @@ def train_one(bench: Bench, job: Job) -> dict[str, float]:
         encoded = bench.task.encoded(bench.pool)
         trained = train(bench.task, encoded, job.rows, job.selection, job.recipe, job.folder)
         found = evaluate(bench.task, trained.params, bench.task.encoded(bench.judging))
-        arrays = "\n".join(json.dumps({"metric": name, "values": values.tolist()}) for name, values in sorted(found.items()))
+        arrays = "\n".join(
+            json.dumps({"metric": name, "values": values.tolist()}) for name, values in sorted(found.items())
+        )
         write_bytes(job.folder / "judged.jsonl", (arrays + "\n").encode())
     return {"wall": meter.wall, "cpu": meter.cpu}
 
@@ -91,7 +93,9 @@ def paired_training(
             if not (final / "step.json").exists() and part not in {j.folder for j, _, _ in todo}:
                 part.mkdir(parents=True, exist_ok=True)
                 rows = positions(pool.ids, selection.ids)
-                todo.append((Job(arm, seed, own, rows, selection, part), final, {"name": "train", "key": key, "hash": full}))
+                todo.append(
+                    (Job(arm, seed, own, rows, selection, part), final, {"name": "train", "key": key, "hash": full})
+                )
     _work_off(run, bench, todo, len(folders), workers, progress)
     names = sorted({folder.name for folder in folders.values()})
     run.absorb("train arms", names, workers)
@@ -141,7 +145,11 @@ def verify(losses: Mapping[str, np.ndarray], *, level: float = 0.95) -> dict[str
         others = [losses[d] for d in draws if d != name]
         seeds = own.mean(axis=1)
         _, low, high = crossed_interval(own, level=level)
-        entry: dict[str, Any] = {"judged_loss": float(own.mean()), "judged_loss_ci": [low, high], "by_seed": seeds.tolist()}
+        entry: dict[str, Any] = {
+            "judged_loss": float(own.mean()),
+            "judged_loss_ci": [low, high],
+            "by_seed": seeds.tolist(),
+        }
         if others:
             entry |= compare(own, np.stack(others), level=level)
         if "everything" in losses and name != "everything":
@@ -151,7 +159,7 @@ def verify(losses: Mapping[str, np.ndarray], *, level: float = 0.95) -> dict[str
 
 
 def detectable(losses: Mapping[str, np.ndarray]) -> float:
-    """Smallest gain that these seeds would find four times in five: 2.8 sd sqrt(2 / n) over seeds of the random arms."""
+    """Smallest gain that these seeds find four times in five: 2.8 sd sqrt(2 / n) over seeds of the random arms."""
     draws = [v.mean(axis=1) for name, v in losses.items() if name.startswith("random-")]
     if not draws or len(draws[0]) < 2:
         return math.nan

@@ -95,6 +95,7 @@ class Method:
     subclassing. A field typed with a `Method` subclass takes an object, a name, or a table with a name and options.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     package: ClassVar[str] = ""
     abstract: ClassVar[bool] = True
 
@@ -248,9 +249,11 @@ def discover(kind: type[M]) -> dict[str, type[M]]:
 def _load(kind: type[M], module_name: str) -> type[M]:
     module = importlib.import_module(module_name)
     found = [
-        value for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, kind) and value.__module__ == module_name and not value.abstract
-    ]  # fmt: skip
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, kind) and not value.abstract
+        if value.__module__ == module_name
+    ]
     if len(found) != 1:
         raise InputError(
             f"module {module_name} defines {len(found)} methods of kind {kind.__name__.lower()}",

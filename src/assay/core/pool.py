@@ -46,6 +46,17 @@ def row_ids(contents: Sequence[str]) -> list[str]:
     return ids
 
 
+def _contents(table: pa.Table) -> list[str]:
+    """The content id of each row. Raises `InputError` when no column is content: rows without it would all be one."""
+    fields = [table[name].to_pylist() for name in CONTENT if name in table.column_names]
+    if not fields:
+        raise InputError(
+            "the table has no content column", why=f"it has: {', '.join(table.column_names) or 'no columns'}",
+            fix=f"name one of its columns {', '.join(CONTENT[:-1])} or {CONTENT[-1]}",
+        )  # fmt: skip
+    return [content_id(values) for values in zip(*fields, strict=True)]
+
+
 class _MemoryRows:
     """Rows of one Arrow table held in memory."""
 
@@ -99,8 +110,7 @@ class Pool:
     def from_columns(cls, columns: Mapping[str, Sequence[Any]] | pa.Table) -> Pool:
         """A pool in memory. An `id` column, when given, must hold distinct strings."""
         table: Any = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
-        fields = [table[name].to_pylist() for name in CONTENT if name in table.column_names]
-        contents = [content_id(values) for values in zip(*fields, strict=True)]
+        contents = _contents(table)
         ids = table["id"].to_pylist() if "id" in table.column_names else row_ids(contents)
         if len(set(ids)) != len(ids):
             raise InputError("the id column repeats ids", why="rows are joined by id", fix="drop the column or mend it")
@@ -205,8 +215,7 @@ class PoolWriter:
 
     def write(self, table: pa.Table) -> list[int]:
         """Append rows; returns the positions in `table` whose user-given id repeats an earlier one (not written)."""
-        fields = [table[name].to_pylist() for name in CONTENT if name in table.column_names]
-        contents = [content_id(values) for values in zip(*fields, strict=True)]
+        contents = _contents(table)
         given = table["id"].to_pylist() if "id" in table.column_names else None
         kept, repeated = [], []
         for row, content in enumerate(contents):

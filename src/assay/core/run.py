@@ -62,25 +62,35 @@ class Run:
             (path / ".probe").write_text("")
             (path / ".probe").unlink()
         except OSError as error:
+            blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
             raise InputError(
-                "the output directory cannot be written", where=path, why=str(error), fix="choose another --out"
-            ) from error
-        run._acquire()
-        known = path / "study.json"
-        if known.exists():
-            run._compare(known, study, replace)
-        elif any(p.name not in (".lock",) and not p.name.endswith(".tmp") for p in path.iterdir()):
-            raise InputError(
-                "the output directory holds something else",
-                where=path,
-                why="no study.json in it",
-                fix="choose an empty or new --out",
-            )
-        (path / "DONE").unlink(missing_ok=True)
-        write_json(known, {"format": FORMAT, "study": study})
-        write_json(path / "environment.json", environment())
-        (path / "steps").mkdir(exist_ok=True)
+                "the output directory cannot be written", where=path,
+                why=f"{blocked} is a file" if blocked else error.strerror or str(error), fix="choose another --out",
+            ) from error  # fmt: skip
+        try:
+            run._acquire()
+            run._begin(study, replace)
+        except BaseException:
+            run.close()
+            raise
         return run
+
+    def _begin(self, study: dict[str, Any], replace: bool) -> None:
+        known = self.path / "study.json"
+        if known.exists():
+            self._compare(known, study, replace)
+        else:
+            others = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
+            if others:
+                why = f"it has {', '.join(others[:3])}{', ...' if len(others) > 3 else ''} and no study.json"
+                raise InputError(
+                    "the output directory holds something else", where=self.path, why=why,
+                    fix="choose an empty or new --out",
+                )  # fmt: skip
+        (self.path / "DONE").unlink(missing_ok=True)
+        write_json(known, {"format": FORMAT, "study": study})
+        write_json(self.path / "environment.json", environment())
+        (self.path / "steps").mkdir(exist_ok=True)
 
     def _acquire(self) -> None:
         """One process at a time works in a directory; the lock falls with the process, however it ends."""
@@ -101,17 +111,23 @@ class Run:
 
     def _compare(self, known: Path, study: dict[str, Any], replace: bool) -> None:
         try:
-            held = json.loads(known.read_text())
+            held = json.loads(known.read_text(encoding="utf-8"))
             version = held["format"]
-        except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
-            raise InputError("unreadable run", where=known, why=str(error), fix="choose another --out") from error
+            before = held["study"] if version == FORMAT else None
+        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise InputError(
+                "the file that says which study a run is of cannot be read", where=known, why=why,
+                fix="choose another --out; or delete the file and its directory to start anew",
+            ) from error  # fmt: skip
         if version != FORMAT:
             raise InputError(
                 f"this run was written in format {version}, this version of assay reads format {FORMAT}",
                 where=self.path, fix="choose another --out, or use the version of assay named in environment.json",
             )  # fmt: skip
-        changes = differences(held["study"], json.loads(json.dumps(study)))
-        if changes and not replace:
+        changes = differences(before, json.loads(json.dumps(study)))
+        kept = any((self.path / "steps").glob("*/step.json"))  # a run that failed before its first step loses nothing
+        if changes and kept and not replace:
             raise InputError(
                 "the directory holds the run of another study",
                 where=self.path,
@@ -136,7 +152,12 @@ class Run:
                 self._nested[-1]["wall"] += meter.wall
                 self._nested[-1]["cpu"] += meter.cpu
             # Steps asked for while this one was made enter the ledger on their own.
-            cost = {"wall": meter.wall - inner["wall"], "cpu": meter.cpu - inner["cpu"], "flops": ledger.flops, "peak_rss": meter.peak}
+            cost = {
+                "wall": meter.wall - inner["wall"],
+                "cpu": meter.cpu - inner["cpu"],
+                "flops": ledger.flops,
+                "peak_rss": meter.peak,
+            }
             self.commit(final, part, {"name": name, "key": key, "hash": full}, {"stage": label or name, **cost})
         self.touch(final.name)
         return final
@@ -151,6 +172,8 @@ class Run:
         """Publish a step: cost and key are written, then the folder is renamed."""
         write_json(part / "cost.json", cost)
         write_json(part / "step.json", about)
+        for left in part.rglob(".*.tmp"):  # of an earlier try that was killed while it wrote
+            left.unlink()
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
 
@@ -161,16 +184,25 @@ class Run:
             self.ledger.append(self.cost(name))
 
     def absorb(self, stage: str, names: list[str], workers: int) -> None:
-        """Enter many parallel steps in the ledger as one stage: seconds and operations added, wall shared by workers."""
+        """Enter many parallel steps as one stage: seconds and operations added, wall shared by workers."""
         costs = [self.cost(name) for name in names]
         self.used += [name for name in names if name not in self.used]
-        total = {k: sum(c[k] for c in costs) for k in ("wall", "cpu", "flops")}
+        total: dict[str, float] = {k: sum(c[k] for c in costs) for k in ("wall", "cpu", "flops")}
         total["wall"] /= max(1, min(workers, len(costs)))
         self.ledger.append({"stage": stage, **total, "peak_rss": max((c["peak_rss"] for c in costs), default=0)})
 
     def cost(self, name: str) -> dict[str, Any]:
         """What a finished step cost: stage, wall and cpu seconds, flops, peak_rss in bytes."""
-        return json.loads((self.path / "steps" / name / "cost.json").read_text())
+        step = self.path / "steps" / name
+        try:
+            found = json.loads((step / "cost.json").read_text(encoding="utf-8"))
+            assert isinstance(found, dict)
+            return found
+        except (ValueError, FileNotFoundError, AssertionError) as error:
+            raise InputError(
+                "a finished step is damaged", where=step / "cost.json", why=str(error) or "not an object",
+                fix=f"delete {step} and run again: it is computed anew",
+            ) from error  # fmt: skip
 
     def finish(self, result: dict[str, Any]) -> None:
         """Publish the result; the DONE marker comes last."""
@@ -179,6 +211,8 @@ class Run:
 
     def clean(self) -> int:
         """Remove steps that the finished study does not use: leftovers of kills and of replaced studies."""
+        for left in self.path.glob(".*.tmp"):
+            left.unlink()
         stale = [p for p in (self.path / "steps").iterdir() if p.name not in self.used]
         for path in stale:
             shutil.rmtree(path, ignore_errors=True)

@@ -92,8 +92,9 @@ def contamination(pool: Pool, target: Target, *, n: int = NGRAM, examples: int =
                 found.append(shard.ids[position])
                 by_half[half] += 1
                 if len(shown) < examples:
-                    target_id = items[half].ids[row].decode()
-                    shown.append({"pool_id": shard.ids[position].decode(), "target_id": target_id, "text": text[:400]})
+                    target_id = items[half].ids.tolist()[row].decode()
+                    pool_id = shard.ids.tolist()[position].decode()
+                    shown.append({"pool_id": pool_id, "target_id": target_id, "text": text[:400]})
     ids = np.array(found, dtype=pool.ids.dtype) if found else pool.ids[:0]
     return Hits(ids, sum(len(p) for p in items.values()), by_half, shown)
 

@@ -29,7 +29,7 @@ def ingest(source: readers.Source, path: Path, *, what: str = "pool", max_bad: f
         for batch, rejected in readers.read(source):
             table = pa.Table.from_batches([batch])
             repeated = writer.write(table) if batch.num_rows else []
-            rejected = [*rejected, *(_repeated(table, row) for row in repeated)]
+            rejected = sorted([*rejected, *(_repeated(table, row) for row in repeated)], key=lambda one: one.row)
             rows += batch.num_rows + len(rejected) - len(repeated)
             bad += len(rejected)
             for one in rejected:
@@ -55,16 +55,20 @@ def kind(reason: str) -> str:
 
     >>> kind("text of 60000000 characters exceeds max_chars=1000000; split the document")
     'text of N characters exceeds max_chars=N'
+    >>> kind("not UTF-8 (byte 0xe9 at position 13)")
+    'not UTF-8'
     """
     import re
 
     head = reason.split(";")[0].split(":")[0]
-    return re.sub(r"(?<![A-Za-z])(0x[0-9a-f]+|\d[\d,_]*)", "N", re.sub(r" \(.*\)", "", head)).strip()
+    return re.sub(r"(?<![A-Za-z-])(0x[0-9a-f]+|\d[\d,_]*)", "N", re.sub(r" \(.*\)", "", head)).strip()
 
 
 def _repeated(table: pa.Table, row: int) -> readers.Rejected:
     value: Any = lambda name: table[name][row].as_py()  # noqa: E731
-    return readers.Rejected(value("source"), value("source_row"), "id was used by an earlier row", str(value("id"))[:120])
+    return readers.Rejected(
+        value("source"), value("source_row"), "id was used by an earlier row", str(value("id"))[:120]
+    )
 
 
 def _judge(
@@ -75,7 +79,12 @@ def _judge(
     first = f"; first: {examples[0]['where']} row {examples[0]['row']}" if examples else ""
     if rows == bad:
         why = f"all {bad} rows were set aside: {common}{first}" if bad else "it has no rows"
-        raise InputError(f"the {what} is empty", where=where, why=why, fix="mend the file, or name its columns (--text-column)")
+        raise InputError(
+            f"the {what} is empty",
+            where=where,
+            why=why,
+            fix=f"mend the file, or name its columns ({what}.text, {what}.id)",
+        )
     if bad > GRACE and bad > max_bad * rows:
         raise InputError(
             f"{bad} of {rows} rows of the {what} are bad ({bad / rows:.0%})",

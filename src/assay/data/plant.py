@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import xxhash
 
-EXACT, NEAR, GARBLED, LEAKS = 0.04, 0.04, 0.02, 40  # shares of the pool's size; leaks are a count
+EXACT, NEAR, GARBLED, LEAKS = 0.04, 0.04, 0.04, 40  # shares of the pool's size; leaks are a count
 COPIES = (1, 1, 1, 2, 3, 1, 1, 5)  # how often each original in turn is copied
 NOISE = 0.25  # share of the letters that `char_noise` replaces
 

@@ -17,7 +17,8 @@ _WORD = re.compile(r"\w+")
 class BM25(Scorer):
     """BM25 of each pool example, as a document, for the target's examples as queries.
 
-    Formula: s_i = mean or max over q of sum_{t in q} idf_t tf_ti (k1+1) / (tf_ti + k1 (1 - b + b len_i / mean len)), idf_t = ln(1 + (N - df_t + .5) / (df_t + .5))
+    Formula: s_i = mean or max over q of sum_{t in q} idf_t tf_ti (k1+1) / (tf_ti + k1 (1 - b + b len_i / mean len)),
+        idf_t = ln(1 + (N - df_t + .5) / (df_t + .5))
     Reference: Robertson & Zaragoza 2009, doi:10.1561/1500000019; idf as in Lucene
     Note: words are runs of letters, digits and underscores in lower case; statistics are those of the whole pool
     """

@@ -25,7 +25,8 @@ class ExactDup(Scorer):
 
     Formula: s_i = -#{j : key_j = key_i, id_j < id_i}, key = xxh3-128 of the text in lower case, white space collapsed
     Reference: Lee et al. 2022, arXiv:2107.06499
-    Note: the survivor is the lowest id, so files may be read in any order; texts that are empty once normalised are no copies
+    Note: the survivor is the lowest id, so files may be read in any order; texts that are empty once normalised are
+        no copies
     """
 
     column: str = "text"
@@ -47,7 +48,7 @@ class ExactDup(Scorer):
                 rank = first.get(key, 0)
                 first[key] = rank + 1
                 if rank:
-                    copies.append((ids[position], rank))
+                    copies.append((bytes(ids[position]), rank))
         return encode_ids([i for i, _ in copies]), np.array([r for _, r in copies], dtype=np.float64)
 
     def score(self, state: Any, batch: Batch) -> Any:

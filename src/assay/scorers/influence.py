@@ -12,9 +12,12 @@ from assay.core.method import Batch, Context, Cost, Count, NonNegative, Positive
 class Influence(Scorer):
     """Influence function: the first-order change of the target loss at the new optimum when an example gains weight.
 
-    Formula: s_i = (1/N) grad f^T (H + damping tr(H)/p I)^-1 grad loss_i, f = mean target loss, H = (1/N) sum_j d2 loss_j + weight_decay I
-    Reference: Koh & Liang 2017, arXiv:1703.04730; damping relative to the mean eigenvalue as in Grosse et al. 2023, arXiv:2308.03296
-    Note: for models of a few thousand weights; 'exact' factorises H, 'cg' solves by products; averaged over the scoring models
+    Formula: s_i = (1/N) grad f^T (H + damping tr(H)/p I)^-1 grad loss_i, f = mean target loss,
+        H = (1/N) sum_j d2 loss_j + weight_decay I
+    Reference: Koh & Liang 2017, arXiv:1703.04730; damping relative to the mean eigenvalue as in Grosse et al. 2023,
+        arXiv:2308.03296
+    Note: for models of a few thousand weights; 'exact' factorises H, 'cg' solves by products and estimates tr(H) from
+        16 of them; averaged over the scoring models
     """
 
     solver: Literal["exact", "cg"] = "cg"
@@ -32,7 +35,7 @@ class Influence(Scorer):
         return context.task, [(params, self._direction(context, params)) for params in context.models]
 
     def _direction(self, context: Context, params: Any) -> Any:
-        """(H + damping)^-1 grad f, `[p]` float64."""
+        """(1/N) (H + damping)^-1 grad f, `[p]` float64."""
         import torch
 
         from assay.numerics.curvature import curvature, exact_gradients
@@ -47,18 +50,22 @@ class Influence(Scorer):
         if self.solver == "exact":
             matrix = operator.dense()
             damping = relative_damping(self.damping, float(matrix.trace()), operator.size)
-            return exact(matrix, slope, damping=damping).x
+            return exact(matrix, slope, damping=damping).x / len(context.pool)
         damping = relative_damping(self.damping, _trace(operator), operator.size)
         solution = cg(operator.product, slope, damping=damping, tolerance=self.tolerance, limit=self.limit)
         if solution.residual > 100 * self.tolerance:
-            context.warn(f"influence: CG stopped at residual {solution.residual:.1e} after {solution.iterations} products")
-        return solution.x
+            context.warn(
+                f"influence: CG stopped at residual {solution.residual:.1e} after {solution.iterations} products"
+            )
+        return solution.x / len(context.pool)
 
     def score(self, state: Any, batch: Batch) -> Any:
         from assay.numerics.curvature import exact_gradients
 
         task, models = state
-        dots = [exact_gradients(task, {n: p.double() for n, p in params.items()}, batch.inputs) @ v for params, v in models]
+        dots = [
+            exact_gradients(task, {n: p.double() for n, p in params.items()}, batch.inputs) @ v for params, v in models
+        ]
         return np.mean([d.numpy() for d in dots], axis=0)
 
 

@@ -14,7 +14,8 @@ class LossDiff(Scorer):
     """How much an example's loss falls when the model takes a short training run on the target: forward passes only.
 
     Formula: s_i = loss_i(params) - loss_i(params'), params' = after `steps` AdamW steps on the selecting half
-    Reference: Brandfonbrener et al. 2024, arXiv:2406.10670 (CoLoR-Filter); Mindermann et al. 2022, arXiv:2206.07137 (RHO)
+    Reference: Brandfonbrener et al. 2024, arXiv:2406.10670 (CoLoR-Filter);
+        Mindermann et al. 2022, arXiv:2206.07137 (RHO)
     Note: to first order in the step, s_i = lr sum <P grad_i, grad_target>: utility in the optimiser's metric P
     """
 
@@ -42,7 +43,13 @@ class LossDiff(Scorer):
         for params in context.models:
             everything = Selection.everything(context.target.ids)
             moved = train(context.task, encoded, np.arange(len(encoded)), everything, recipe, start=params).params
-            context.spent(3 * context.task.forward_flops(encoded.sizes) / encoded.sizes.sum() * recipe.steps * recipe.terms_per_step)
+            context.spent(
+                3
+                * context.task.forward_flops(encoded.sizes)
+                / encoded.sizes.sum()
+                * recipe.steps
+                * recipe.terms_per_step
+            )
             pairs.append((params, moved))
         return context.task, pairs
 

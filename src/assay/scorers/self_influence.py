@@ -12,9 +12,11 @@ from assay.core.method import Batch, Context, Cost, NonNegative, Scorer
 class SelfInfluence(Scorer):
     """Minus the influence of an example on its own loss: wrongly labelled and odd examples come last.
 
-    Formula: s_i = -(1/N) grad loss_i^T (H + damping tr(H)/p I)^-1 grad loss_i, H = (1/N) sum_j d2 loss_j (or its Gauss-Newton part)
+    Formula: s_i = -(1/N) grad loss_i^T (H + damping tr(H)/p I)^-1 grad loss_i,
+        H = (1/N) sum_j d2 loss_j (or its Gauss-Newton part)
     Reference: Koh & Liang 2017, arXiv:1703.04730, sec. 5.4
-    Note: a diagnostic, not a utility; H is factorised, so for models of a few thousand weights; averaged over the scoring models
+    Note: a diagnostic, not a utility; H is factorised, so for models of a few thousand weights; averaged over the
+        scoring models
     """
 
     curvature: Literal["hessian", "ggn"] = "ggn"
@@ -35,7 +37,11 @@ class SelfInfluence(Scorer):
             wide = {n: p.double() for n, p in params.items()}
             count = len(context.pool)
             operator = curvature(
-                context.task, wide, lambda: (b.inputs for b in context.batches(context.pool)), count, kind=self.curvature
+                context.task,
+                wide,
+                lambda: (b.inputs for b in context.batches(context.pool)),
+                count,
+                kind=self.curvature,
             )
             matrix = operator.dense()
             damping = relative_damping(self.damping, float(matrix.trace()), operator.size)

@@ -18,9 +18,11 @@ from assay.core.table import Table
 class Cut(Selector):
     """Bounds on columns first, then the highest scores while they fit in the budget.
 
-    Formula: order by s_i (temperature 0), or by z_i / temperature + G_i with z = standardised s, G_i = -log(-log u_i), u_i keyed by id
+    Formula: order by s_i (temperature 0), or by z_i / temperature + G_i with z = standardised s,
+        G_i = -log(-log u_i), u_i keyed by id
     Reference: Gumbel top-k: Kool et al. 2019, arXiv:1903.06059
-    Note: an example that does not fit is passed over and smaller ones may follow, so a token budget is missed by less than the smallest example left; ties fall by a hash of the id, a fair draw that no file order changes
+    Note: an example that does not fit is passed over and smaller ones may follow, so a token budget is missed by less
+        than the smallest example left; ties fall by a hash of the id, a fair draw that no file order changes
     """
 
     column: str = ""
@@ -28,12 +30,16 @@ class Cut(Selector):
     temperature: NonNegative = 0.0
     seed: int = 0
 
-    def select(self, scores: Table, sizes: np.ndarray, budget: Budget, *, barred: Mapping[str, np.ndarray]) -> Selection:
+    def select(
+        self, scores: Table, sizes: np.ndarray, budget: Budget, *, barred: Mapping[str, np.ndarray]
+    ) -> Selection:
         column = self.column or scores.columns[0]
         values = scores.column(column)
         if not np.isfinite(values).all():
             bad = scores.ids[~np.isfinite(values)][0].decode()
-            raise InputError(f"scores have NaN or infinity, first at id {bad!r}", fix="mend the scorer: a rank needs numbers")
+            raise InputError(
+                f"scores have NaN or infinity, first at id {bad!r}", fix="mend the scorer: a rank needs numbers"
+            )
         reason = np.full(len(scores), "", dtype=object)
         for name, ids in barred.items():
             reason[np.isin(scores.ids, ids)] = name
@@ -50,13 +56,15 @@ class Cut(Selector):
         return Selection(scores.ids[chosen], np.ones(len(chosen)), dropped, meta=meta)
 
     def _keys(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-        if not self.temperature:
+        if not self.temperature or not len(values):
             return values
         spread = values.std()
         z = (values - values.mean()) / (spread if spread > 0 else 1.0)
         return z / self.temperature - np.log(-np.log(uniform(ids, "gumbel", self.seed)))
 
-    def _fill(self, ids: np.ndarray, keys: np.ndarray, sizes: np.ndarray, budget: Budget, free: np.ndarray) -> np.ndarray:
+    def _fill(
+        self, ids: np.ndarray, keys: np.ndarray, sizes: np.ndarray, budget: Budget, free: np.ndarray
+    ) -> np.ndarray:
         """Positions taken, best first."""
         order = free[np.lexsort((ids[free], hash_ids(ids[free], "tie"), -keys[free]))]
         if budget.unit == "examples":

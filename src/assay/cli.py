@@ -1,0 +1,315 @@
+"""The command line. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from assay import __version__
+from assay.core.errors import InputError, nearest
+
+app = typer.Typer(
+    help="Build training sets by measuring what each example teaches the model.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Directory of the run; made if missing, continued if it is there.")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key of the study: a.b=value (TOML). Repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object last on standard output; no tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes of one thread each; default: all cores.")
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Take over a directory that holds another study's run.")]
+
+DEMOS = ("text", "digits")
+QUICK = {
+    "text": ["pool.size=1500", "proxy.passes=0.3", "verify.seeds=2", "train.repeats=0.5", "budget='20%'"],
+    "digits": ["proxy.steps=60", "train.steps=60", "verify.seeds=2"],
+}
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"assay {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Build training sets by measuring what each example teaches the model."""
+
+
+@app.command()
+def demo(
+    name: Annotated[str, typer.Argument(help="text | digits")] = "text",
+    target: Annotated[str | None, typer.Option(help="For text: docs | code | docstring | comment.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A shortened form that still runs every stage.")] = False,
+    out: Out = None, sets: Sets = None, json_: Json = False, quiet: Quiet = False, workers: Workers = None,
+    replace: Replace = False,
+) -> None:  # fmt: skip
+    """Run the whole loop on data that comes with Python (text) or scikit-learn (digits)."""
+    if name not in DEMOS:
+        raise InputError(f"no demo called {name!r}", fix=nearest(name, DEMOS))
+    if target is not None and name != "text":
+        raise InputError("--target goes with the text demo only", fix="drop it")
+    changes = [*(QUICK[name] if quick else []), *([f"target.builtin='{target}'"] if target else []), *(sets or [])]
+    study = _demo(name, changes)
+    folder = out or Path("runs") / (study.name + (f"-{target}" if target else "") + ("-quick" if quick else ""))
+    _run(study, folder, json_, quiet, workers, replace)
+
+
+@app.command()
+def run(
+    study: Annotated[Path | None, typer.Argument(help="A study in TOML; or give --pool and --target.")] = None,
+    pool: Annotated[str | None, typer.Option(help="File, directory, glob or URL of the pool.")] = None,
+    target: Annotated[str | None, typer.Option(help="File of the target: what the model should do well.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the text, in both files.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of ids in the pool; default: ids from content.")] = None,
+    domain_column: Annotated[str | None, typer.Option(help="Column of domains in the pool.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated: random,bm25,trak.")] = None,
+    budget: Annotated[str | None, typer.Option(help="10% | 5Mtok | 20k (examples).")] = None,
+    out: Out = None, sets: Sets = None, json_: Json = False, quiet: Quiet = False, workers: Workers = None,
+    replace: Replace = False,
+) -> None:  # fmt: skip
+    """Score a pool, select under a budget, train on every selection, verify, report."""
+    from assay import study as studies
+
+    if study is not None:
+        given = {
+            "--pool": pool,
+            "--target": target,
+            "--text-column": text_column,
+            "--id-column": id_column,
+            "--domain-column": domain_column,
+        }
+        extra = [name for name, value in given.items() if value is not None]
+        if extra:
+            raise InputError(
+                f"{', '.join(extra)} do not go with a study file", fix="change the file, or use --set pool.path=..."
+            )
+        changes = [*(sets or [])]
+        changes += [f"budget={json.dumps(budget)}"] if budget is not None else []
+        changes += [f"methods={json.dumps(_listed(methods))}"] if methods is not None else []
+        chosen = studies.load(study, changes)
+    else:
+        chosen = studies.parse(
+            studies.override(_flags(pool, target, text_column, id_column, domain_column, methods, budget), sets or [])
+        )
+    _run(chosen, out or Path("runs") / chosen.name, json_, quiet, workers, replace)
+
+
+def _flags(
+    pool: str | None, target: str | None, text: str | None, ids: str | None, domain: str | None, methods: str | None,
+    budget: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    if pool is None or target is None:
+        raise InputError(
+            "give a study file, or both --pool and --target", fix="`assay init POOL` writes a study to start from"
+        )
+    from assay.template import stem
+
+    part = {"text": text} if text else {}
+    data: dict[str, Any] = {"name": stem(pool, "run")}
+    data["pool"] = {"path": pool, **part, **({"id": ids} if ids else {}), **({"domain": domain} if domain else {})}
+    data["target"] = {"path": target, **part, "name": stem(target, "target")}
+    data |= {} if methods is None else {"methods": _listed(methods)}
+    return data | ({} if budget is None else {"budget": budget})
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
+
+
+@app.command()
+def plan(
+    study: Annotated[str, typer.Argument(help="A study in TOML, or demo:text, demo:digits.")],
+    sets: Sets = None, json_: Json = False, workers: Workers = None,
+) -> None:  # fmt: skip
+    """Estimate time, memory and disk before anything runs, from a few seconds of measurement on this machine."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from assay import plan as planner
+    from assay import terminal
+    from assay.engine.local import default_workers
+
+    made = planner.plan(_study(study, sets or []), workers or default_workers())
+    if json_:
+        typer.echo(json.dumps(made.spec()))
+        return
+    table = Table(title="Plan", title_justify="left", show_footer=True)
+    table.add_column("stage", "total")
+    table.add_column("time", terminal.duration(made.seconds), justify="right")
+    table.add_column("memory", terminal.size(made.memory), justify="right")
+    table.add_column("disk", terminal.size(made.disk), justify="right")
+    for step in made.steps:
+        table.add_row(step.stage, terminal.duration(step.seconds), terminal.size(step.memory), terminal.size(step.disk))
+    Console().print(table)
+
+
+@app.command()
+def init(
+    pool: Annotated[str, typer.Argument(help="The pool: file, directory, glob or URL.")],
+    target: Annotated[str | None, typer.Option(help="The target's file, if there is one already.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where to write the study.")] = Path("study.toml"),
+) -> None:
+    """Look at a pool and write a commented study for it."""
+    from assay.template import study_for
+
+    if out.is_dir():
+        raise InputError(
+            "the study cannot be written", where=out, why="it is a directory", fix=f"--out {out}/study.toml"
+        )
+    if out.exists():
+        raise InputError("the study is there already", where=out, fix="choose another --out, or delete it")
+    text = study_for(pool, target, out)
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        why = f"there is no directory {out.parent}" if not out.parent.exists() else error.strerror or str(error)
+        raise InputError("the study cannot be written", where=out, why=why, fix="choose another --out") from error
+    typer.echo(f"wrote {out}: look it over, then `assay plan {out}` and `assay run {out}`")
+
+
+@app.command()
+def methods(json_: Json = False) -> None:
+    """List every method with its formula, source, options and cost."""
+    from assay import terminal
+    from assay.core.method import KINDS, describe, discover
+
+    entries = [describe(cls) for kind in KINDS.values() for cls in discover(kind).values()]
+    if json_:
+        typer.echo(json.dumps(entries, default=str))
+    else:
+        terminal.show_methods(entries)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Show versions, devices and extras, and test the installation in ten seconds."""
+    from assay.doctor import examine, show
+
+    found = examine()
+    if json_:
+        typer.echo(json.dumps(found))
+    else:
+        show(found)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The directory of a run.")]) -> None:
+    """Draw the report of a finished run anew."""
+    from assay.report.page import build
+
+    if not run.is_dir():
+        near = nearest(run.name, [p.name for p in run.parent.glob("*/")]) if run.parent.is_dir() else ""
+        raise InputError(
+            "no such run", where=run, why="there is no directory of this name", fix=near or "check the path"
+        )
+    typer.echo(str(build(run)))
+
+
+def _study(name: str, changes: list[str]) -> Any:
+    from assay import study as studies
+
+    if name.startswith("demo:"):
+        demo_name = name.removeprefix("demo:")
+        if demo_name not in DEMOS:
+            raise InputError(f"no demo called {demo_name!r}", fix=nearest(demo_name, DEMOS))
+        return _demo(demo_name, changes)
+    return studies.load(Path(name), changes)
+
+
+def _demo(name: str, changes: list[str]) -> Any:
+    from assay import study as studies
+
+    return studies.load(Path(__file__).parent / "demos" / f"{name}.toml", changes)
+
+
+def _run(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, replace: bool) -> None:
+    from assay import terminal
+    from assay.core.progress import Progress
+    from assay.job import run_study
+    from assay.report.page import build
+
+    bars = Progress() if quiet or json_ else terminal.Bars()
+    command = shlex.join(["assay", *sys.argv[1:]])
+    try:
+        result = run_study(study, out, workers=workers, progress=bars, replace=replace, command=command, report=build)
+    except KeyboardInterrupt:
+        typer.echo(f"\ninterrupted: finished steps are kept in {out}; to go on, run again:\n  {command}", err=True)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        raise _os_error(error, out) from error
+    finally:
+        if isinstance(bars, terminal.Bars):
+            bars.close()
+    if json_:
+        brief = {
+            k: result[k]
+            for k in (
+                "name",
+                "target",
+                "budget",
+                "training",
+                "arms",
+                "nulls",
+                "recommended",
+                "contamination",
+                "warnings",
+                "wall",
+                "peak_rss",
+            )
+        }
+        typer.echo(json.dumps({**brief, "run": str(out), "report": str(out / "report.html")}))
+    elif not quiet:
+        terminal.show_result(result)
+        typer.echo(f"{terminal.duration(result['wall'])}, {terminal.size(result['peak_rss'])} of memory")
+        typer.echo(f"report:   {out / 'report.html'}\ndatasets: {out / 'dataset'}")
+
+
+def _os_error(error: OSError, out: Path | None = None) -> InputError:
+    """Failures of the machine in the users' words."""
+    where, why = error.filename or out or "", error.strerror or str(error)
+    kept, other = "; finished steps are kept" if out else "", "choose another --out" if out else "choose another place"
+    # numpy writes "N requested and M written" without a number of the error.
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in str(error):
+        return InputError("the disk is full", where=where, why=why, fix=f"free space or {other}{kept}")
+    if error.errno == errno.EFBIG:
+        return InputError("a file may not grow that large", where=where, why=why, fix="raise `ulimit -f`" + kept)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return InputError("too many open files", where=where, why=why, fix="raise `ulimit -n`" + kept)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return InputError("no permission", where=where, why=why, fix=f"change the permissions or {other}{kept}")
+    return InputError("the system refused", where=where, why=why, fix=f"mend the cause and run the command again{kept}")
+
+
+def main() -> None:
+    """Entry point: bad input is one clear message and status 2, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        typer.echo(f"error: {_os_error(error)}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

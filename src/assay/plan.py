@@ -1,0 +1,393 @@
+"""`plan`: what a study will take in time, memory and disk, from a few seconds of measurement on this machine."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from assay.core.errors import InputError
+from assay.core.keys import shuffled
+from assay.core.method import Featurizer, Method, Scorer, make
+from assay.core.pool import Pool
+from assay.core.run import tree_rss
+from assay.core.selection import Budget
+from assay.core.target import Target
+from assay.data import builtin, gate, readers, toys
+from assay.engine import local
+from assay.measure import PASSES, uses_model
+from assay.study import Study
+
+SAMPLE = 1500
+# Seconds to fork the first worker with torch loaded, and for each later set of workers.
+START, RESTART = 3.0, 0.3
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage: seconds, and bytes of memory and disk."""
+
+    stage: str
+    seconds: float
+    memory: float = 0.0
+    disk: float = 0.0
+
+
+@dataclass
+class Plan:
+    """All stages in order; `seconds` adds up, `memory` is the highest."""
+
+    steps: list[Step] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return sum(s.seconds for s in self.steps)
+
+    @property
+    def memory(self) -> float:
+        return max((s.memory for s in self.steps), default=0.0)
+
+    @property
+    def disk(self) -> float:
+        return sum(s.disk for s in self.steps)
+
+    def spec(self) -> dict[str, Any]:
+        steps = [asdict(s) for s in self.steps]
+        return {"seconds": self.seconds, "memory": self.memory, "disk": self.disk, "steps": steps, **self.facts}
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What a worker needs to measure the rates of a task on a sample."""
+
+    task: Any
+    path: Path
+    recipe: Any
+    rank: int | None
+    batch: int
+    pace: float
+
+
+def _rates(probe: _Probe, worker: int) -> dict[str, float]:
+    """Terms per second of training, of a forward pass and of gradient features, with all workers busy; and memory."""
+    import psutil
+
+    from assay.numerics.persample import flatten, gradients
+    from assay.numerics.project import Factored
+    from assay.train import loop, optim
+    from assay.train.models import init_params
+
+    encoded = probe.task.encoded(probe.path)
+    rng = np.random.default_rng(worker)
+    params = init_params(probe.task.module, 0)
+    state = optim.init(probe.recipe, list(params.values()))
+    held = [params, state]
+
+    def train() -> float:
+        order = rng.permutation(len(encoded))
+        take = max(1, int(np.searchsorted(np.cumsum(encoded.sizes[order]), probe.recipe.terms_per_step)))
+        rows = order[:take]
+        grads, _ = loop.gradient(probe.task, held[0], encoded, rows, np.ones(take), probe.recipe.terms_per_step)
+        values, held[1] = optim.update(
+            probe.recipe, optim.clip(grads, probe.recipe.clip), held[1], list(held[0].values()), 0
+        )
+        held[0] = dict(zip(held[0], values, strict=True))
+        return float(encoded.sizes[rows].sum())
+
+    blocks = [
+        b[i : i + probe.batch] for b in loop.blocks(encoded.sizes, 2 * loop.AREA) for i in range(0, len(b), probe.batch)
+    ]
+    order = rng.permutation(len(blocks))
+
+    def forward(at: int) -> float:
+        import torch
+
+        with torch.no_grad():
+            probe.task.loss(params, encoded.inputs(blocks[order[at % len(order)]]))
+        return float(encoded.sizes[blocks[order[at % len(order)]]].sum())
+
+    def features(at: int) -> float:
+        inputs = encoded.inputs(blocks[order[at % len(order)]])
+        flatten(gradients(probe.task.module, lambda: probe.task.loss(params, inputs), sketch)[0]).numpy()
+        return float(encoded.sizes[blocks[order[at % len(order)]]].sum())
+
+    sketch = Factored(probe.rank or 0, 0)
+    found = {"train": _pace(lambda _: train(), 2.0 * probe.pace), "forward": _pace(forward, 0.7 * probe.pace)}
+    if probe.rank is not None:
+        found["gradient"] = _pace(features, 1.2 * probe.pace)
+    return {**found, "rss": float(psutil.Process().memory_info().rss)}
+
+
+def _pace(call: Callable[[int], float], seconds: float) -> float:
+    """Units per second of `call(k) -> units`, after one call to warm up."""
+    call(0)
+    start, units, k = time.perf_counter(), 0.0, 0
+    while time.perf_counter() - start < seconds:
+        units += call(k := k + 1)
+    return units / (time.perf_counter() - start)
+
+
+def plan(study: Study, workers: int) -> Plan:
+    """Estimate a study without running it: the pool is sampled, the machine is timed for a few seconds.
+
+    Raises `InputError` for what the run itself would refuse about its inputs.
+    """
+    start = time.perf_counter()
+    pool, target, rows, read_seconds, disk = _sample(study)
+    halves = Target.split(target, name=study.target.name, seed=study.seed)
+    estimated = estimate(study, pool, halves, rows, workers)
+    estimated.steps.insert(0, Step("read", read_seconds, tree_rss(), disk))
+    estimated.facts["calibration_seconds"] = time.perf_counter() - start
+    return estimated
+
+
+def _sample(study: Study) -> tuple[Pool, Pool, int, float, float]:
+    """A sample of the pool, the target, rows of the whole pool, seconds and bytes that reading it all would take."""
+    start = time.perf_counter()
+    if study.pool.builtin:
+        if study.pool.builtin == "digits":
+            train, test, _ = toys.digits(flip=study.pool.flip, seed=study.seed)
+        else:
+            made = builtin.python_text(target=study.target.builtin or "docs", size=study.pool.size, seed=study.seed)
+            train, test = made.pool, made.target
+        seconds = (time.perf_counter() - start) * 1.1
+        pool = Pool.from_columns(train)
+        return pool, Pool.from_columns(test), len(pool), seconds, 0.4 * train.nbytes
+    spec = study.pool
+    assert spec.path is not None
+    source = readers.Source(
+        paths=spec.path, text=spec.text, image=spec.image, domain=spec.domain, keep=spec.keep, max_chars=spec.max_chars
+    )
+    size = int(sum(readers.sniff(path)["rows"] for path in readers.files(source)))
+    batches = list(islice(readers.read(source, batch_rows=512), 4))
+    tables = [pa.Table.from_batches([b]) for b, _ in batches if b.num_rows]
+    if not tables:
+        raise InputError(
+            "the pool is empty",
+            where=spec.path,
+            why="none of its first rows can be used",
+            fix="see `assay run` for reasons",
+        )
+    table = pa.concat_tables(tables)
+    whole = max(size, table.num_rows)
+    pool = Pool.from_columns(table)
+    rate = (time.perf_counter() - start) / table.num_rows
+    rows = whole if spec.sample is None else min(whole, spec.sample)
+    if study.target.path is not None:
+        source = readers.Source(paths=study.target.path, text=study.target.text, max_chars=study.target.max_chars)
+        parts = [pa.Table.from_batches([b]) for b, _ in readers.read(source) if b.num_rows]
+        target = Pool.from_columns(pa.concat_tables(parts)) if parts else pool.at([])
+    else:
+        target = pool.at(np.arange(min(len(pool), study.target.count)))
+    return pool, target, rows, rate * whole, 0.4 * table.nbytes / table.num_rows * whole
+
+
+def estimate(study: Study, pool: Pool, target: Target, rows: int, workers: int, pace: float = 1.0) -> Plan:
+    """The stages after reading, for a pool of `rows` rows like those of `pool`; `pace` x 4 seconds are measured."""
+    sample = pool.at(np.sort(shuffled(pool.ids, "plan")[:SAMPLE]))
+    scale, busy = rows / len(sample), max(1, workers)
+    methods = [make(Scorer, arm.method) for arm in study.contestants()]
+    with tempfile.TemporaryDirectory(prefix="assay-plan-") as folder:
+        clock = _Clock()
+        gate.contamination(sample, target)
+        gating = clock.lap() * scale
+        task = _task(study, sample)
+        encoding = clock.lap() * min(scale, 20_000 / len(sample))  # the tokenizer learns from 20,000 texts at most
+        task.prepare(sample, Path(folder))
+        encoding += clock.lap() * scale
+        encoded = task.encoded(Path(folder))
+        probe = _Probe(task, Path(folder), study.train.recipe, _rank(methods), study.batch, pace)
+        measured = list(local.map(_rates, probe, list(range(busy)), workers=workers))
+        text = _text_seconds(sample) * scale
+    rates = {k: float(np.mean([m[k] for m in measured])) for k in measured[0]}
+    base = float(tree_rss()) + (rates["rss"] * busy if workers > 1 else 0.0)
+    draft = _Draft(study, task, methods, target, rows, float(encoded.sizes.mean()) * rows, rates, busy, base, text)
+    draft.add(Step("gate", gating, base / 2), Step("encode", encoding, base / 2, 2 * draft.terms))
+    draft.proxy()
+    draft.scores()
+    draft.training()
+    draft.add(Step("report", 1.0 + 0.3 * len(methods) * min(1.0, rows / 10_000), base))
+    facts = {"rows": rows, "terms": draft.terms, "rates": rates, "workers": workers, **draft.facts}
+    return Plan(list(draft.steps.values()), facts)
+
+
+def expectation(job: Any) -> dict[str, float]:
+    """Seconds of each stage of a running job, by the names its progress uses: what the time left is computed from.
+
+    Takes the pool that was read, and about three seconds of measurement.
+    """
+    trainings = (len(job.methods) + int(job.study.verify.everything)) * job.study.verify.seeds
+    if len(list((job.run.path / "steps").glob("train-*"))) >= trainings:
+        return {}  # a finished run that is drawn anew
+    job.progress.begin("estimate", 1, "estimate the time")
+    made = estimate(job.study, job.pool, job.target, len(job.pool), job.workers, pace=0.4)
+    job.progress.end()
+    return {step.stage: step.seconds for step in made.steps}
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.at = time.perf_counter()
+
+    def lap(self) -> float:
+        before, self.at = self.at, time.perf_counter()
+        return self.at - before
+
+
+def _task(study: Study, sample: Pool) -> Any:
+    from assay.train.models import Classifier, LanguageModel, train_tokenizer
+
+    spec = study.task
+    if spec.kind == "classifier":
+        return Classifier(inputs=spec.inputs, hidden=spec.hidden, classes=spec.classes)
+    tokenizer = train_tokenizer(sample, vocab=spec.vocab, seed=study.seed)
+    return LanguageModel(
+        tokenizer=tokenizer,
+        vocab=spec.vocab,
+        width=spec.width,
+        layers=spec.layers,
+        heads=spec.heads,
+        context=spec.context,
+    )
+
+
+def _features(method: Method) -> list[Method]:
+    return [c for c in method.children() if isinstance(c, Featurizer)]
+
+
+def _rank(methods: list[Scorer]) -> int | None:
+    ranks = [getattr(f, "rank", None) for m in methods for f in _features(m)]
+    known = [r for r in ranks if r is not None]
+    return known[0] if known else None
+
+
+def _text_seconds(sample: Pool) -> float:
+    """One pass over the texts as a word-counting scorer makes it."""
+    if "text" not in sample.columns:
+        return 0.0
+    start = time.perf_counter()
+    for text in sample.column("text"):
+        gate.words(text)
+    return 3 * (time.perf_counter() - start)
+
+
+@dataclass
+class _Draft:
+    """The stages of one study as they are worked out; each once, however many arms share it."""
+
+    study: Study
+    task: Any
+    methods: list[Scorer]
+    target: Target
+    rows: int
+    terms: float
+    rates: dict[str, float]
+    busy: int
+    base: float
+    text: float
+    steps: dict[str, Step] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    _started: bool = False
+
+    def add(self, *steps: Step) -> None:
+        for step in steps:
+            self.steps.setdefault(step.stage, step)
+
+    def _start(self) -> float:
+        """Seconds until workers compute: the first ones load torch, later ones are forked from a server that has it."""
+        seconds = START if self.busy > 1 and not self._started else RESTART
+        self._started = True
+        return seconds
+
+    def proxy(self) -> None:
+        spec = self.study.proxy
+        if not any(uses_model(m) for m in self.methods):
+            return
+        steps = spec.steps or math.ceil(spec.passes * self.terms / spec.recipe.terms_per_step)
+        one = steps * spec.recipe.terms_per_step / self.rates["train"]
+        seconds = math.ceil(spec.models / self.busy) * one
+        # A single model is trained in the main process.
+        self.add(
+            Step("proxy", seconds + (self._start() if spec.models > 1 else 0.0), self.base, 12.0 * self._weights())
+        )
+
+    def _weights(self) -> int:
+        return sum(p.numel() for p in self.task.module.parameters())
+
+    def scores(self) -> None:
+        model = any(uses_model(m) for m in self.methods)
+        for method in [*self.methods, *([make(Scorer, "loss")] if model else [])]:
+            if f"score: {method.name}" in self.steps:
+                continue
+            features = _features(method)
+            for feature in features:
+                self._featurize(feature)
+            self._of_features(method, features) if features else self._of_examples(method)
+
+    def _width(self, feature: Method) -> int:
+        from assay.numerics.persample import layout
+        from assay.numerics.project import Factored
+
+        if getattr(feature, "rank", None) is None:
+            return getattr(self.task, "width", 64)
+        return sum(w for _, w in layout(self.task.module, Factored(getattr(feature, "rank", 0), 0)))
+
+    def _featurize(self, feature: Method) -> None:
+        stage = f"features: {feature.name}"
+        if stage in self.steps:
+            return
+        width, models = self._width(feature), self.study.proxy.models
+        rate = (
+            self.rates["forward"]
+            if getattr(feature, "cost", "") == "forward"
+            else self.rates.get("gradient", self.rates["train"])
+        )
+        seconds, size = self.terms * models / rate / self.busy, 4.0 * self.rows * width * models
+        self.add(Step(stage, self._start() + seconds, self.base + 2 * size, size))
+        part = len(self.target.selecting) / self.rows
+        self.add(Step(f"{stage} (target)", RESTART + seconds * part, self.base, size * part))
+
+    def _of_features(self, method: Scorer, features: list[Method]) -> None:
+        width = max(self._width(f) for f in features)
+        cells = float(self.rows) * width * self.study.proxy.models
+        # Features are read and checked once by the main process and once by the workers, at about 1 GB/s.
+        seconds = 8 * cells / 1e9 + self._start()
+        if method.name == "trak":
+            # Its Gram matrix takes 2 n d^2 operations, and the solution of the system d^3; unit length is a copy.
+            seconds += 2 * cells * width / 6e10 + width**3 / 3e10 + 8 * cells / 1e9
+        heavy = (8 * cells if method.name == "trak" else 4 * cells) + 24.0 * width**2
+        self.add(Step(f"score: {method.name}", seconds, self.base + heavy, 8.0 * self.rows))
+
+    def _of_examples(self, method: Scorer) -> None:
+        name, models = f"score: {method.name}", self.study.proxy.models
+        if not uses_model(method):
+            self.add(Step(name, self.text if method.cost == "text" else 0.02, self.base, 8.0 * self.rows))
+            return
+        seconds = PASSES[method.cost] * method.passes * self.terms * models / self.rates["forward"] / self.busy
+        if method.name == "loss_diff":
+            own = getattr(method, "steps", 0) * getattr(method, "terms_per_step", 0)
+            seconds += own * models / self.rates["train"]
+        self.add(Step(name, self._start() + seconds, self.base, 8.0 * self.rows))
+
+    def training(self) -> None:
+        study, rows = self.study, self.rows
+        budget = Budget.parse(study.budget, examples=rows, tokens=int(self.terms) if self.task.countable else None)
+        amount = budget.amount if budget.unit == "tokens" else budget.amount * self.terms / rows
+        steps = study.train.steps or math.ceil(study.train.repeats * amount / study.train.recipe.terms_per_step)
+        arms = len(study.contestants()) + int(study.verify.everything)
+        jobs = arms * study.verify.seeds
+        judging = len(self.target.judging) * self.terms / rows
+        one = steps * study.train.recipe.terms_per_step / self.rates["train"] + judging / self.rates["forward"]
+        self.add(Step("select", 0.05 * arms * (1 + rows / 1e5), self.base, 60.0 * rows * arms))
+        seconds = self._start() + math.ceil(jobs / self.busy) * one
+        self.add(Step("train arms", seconds, self.base, jobs * 12.0 * self._weights()))
+        self.facts = {"jobs": jobs, "training_steps": steps, "budget": budget.amount, "unit": budget.unit}

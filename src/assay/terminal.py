@@ -1,0 +1,191 @@
+"""What the terminal shows: progress with the time left over all stages, tables of results and plans."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from assay.core.progress import Progress
+
+STYLES = {"better": "bold green", "worse": "red", "unresolved": "yellow", "baseline": "dim"}
+
+
+class Bars(Progress):
+    """A live line on a terminal; a line for each finished stage elsewhere. Speaks on standard error only."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.expected: dict[str, float] = {}
+        self._done: dict[str, float] = {}
+        self._stage, self._units, self._count, self._label = "", 0, 0, ""
+        self._began = self._start = time.perf_counter()
+        self._live: Live | None = None
+
+    def expect(self, seconds: dict[str, float]) -> None:
+        """Estimated seconds of each stage: what the time left is computed from."""
+        self.expected = dict(seconds)
+
+    def begin(self, stage: str, units: int, label: str = "") -> None:
+        if stage != self._stage:  # a method may announce itself once for its preparation and once for its shards
+            self._began = time.perf_counter()
+        self._stage, self._units, self._count, self._label = stage, units, 0, label or stage
+        if self.console.is_terminal and self._live is None:
+            self._live = Live(get_renderable=self._line, console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def advance(self, units: int = 1) -> None:
+        self._count += units
+
+    def end(self) -> None:
+        seconds = time.perf_counter() - self._began
+        self._done[self._stage] = self._done.get(self._stage, 0.0) + seconds
+        self._began, self._stage = time.perf_counter(), ""
+        if seconds >= 0.5:
+            parts = ("  ✓ ", "green"), _fit(self._label), (f"{duration(seconds):>12}", "dim")
+            self.console.print(Text.assemble(*parts))
+
+    def warn(self, message: str) -> None:
+        self.console.print(Text.assemble(("warning: ", "yellow"), message))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def remaining(self) -> float | None:
+        """Seconds left, from the estimates scaled by how long the finished stages took against theirs."""
+        names = list(self.expected)
+        reached = [i for i, name in enumerate(names) if name in self._done or name == self._stage]
+        if not reached:
+            return sum(self.expected.values()) if self.expected else None
+        part = min(1.0, self._count / self._units) if self._units else 0.0
+        current = self.expected.get(self._stage, 0.0)
+        # Stages come in this order: what lies before the last one reached and never began was kept from another run.
+        ahead = sum(self.expected[name] for name in names[max(reached) + 1 :]) + current * (1 - part)
+        behind = sum(v for k, v in self.expected.items() if k in self._done) + current * part
+        spent = sum(v for k, v in self._done.items() if k in self.expected)
+        spent += time.perf_counter() - self._began if part else 0.0
+        # Trust the measured pace only as far as there is work behind it.
+        return ahead * min(3.0, max(0.33, (spent + 10) / (behind + 10)))
+
+    def _line(self) -> Text:
+        share = min(1.0, self._count / self._units) if self._units else 0.0
+        bar = "━" * int(24 * share)
+        left = self.remaining()
+        eta = f", about {duration(float(round(left)))} left" if left is not None else ""
+        elapsed = duration(float(round(time.perf_counter() - self._start)))
+        line = Text.assemble(
+            ("  ▸ ", "cyan"), _fit(self._label), (bar, "cyan"), ("─" * (24 - len(bar)), "dim"),
+            f" {share:4.0%}", (f"  {elapsed}{eta}", "dim"),
+        )  # fmt: skip
+        line.no_wrap, line.overflow = True, "ellipsis"
+        return line
+
+
+LABEL = 30
+
+
+def _fit(label: str) -> str:
+    """A label in its column: padded, or cut in the middle so that both ends can be read.
+
+    >>> len(_fit("read")), _fit("features: somewhere.long.gradients (target)")
+    (31, 'features: somew…ients (target) ')
+    """
+    if len(label) > LABEL:
+        half = (LABEL - 1) // 2
+        label = label[: LABEL - 1 - half] + "…" + label[-half:]
+    return f"{label:<{LABEL + 1}}"
+
+
+def duration(seconds: float | None) -> str:
+    """`duration(75)` is '1 min 15 s'.
+
+    >>> duration(75), duration(3.21), duration(7300)
+    ('1 min 15 s', '3.2 s', '2 h 02 min')
+    """
+    if seconds is None:
+        return "?"
+    if seconds < 59.95:
+        return f"{seconds:.0f} s" if float(seconds).is_integer() else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def size(amount: float) -> str:
+    """Bytes for people.
+
+    >>> size(2_300_000_000)
+    '2.3 GB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit in ("B", "kB") else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+def show_result(result: dict[str, Any], console: Console | None = None) -> None:
+    """The arms, the verdict in a sentence, and where things are."""
+    console = console or Console()
+    whole = any("over_everything" in arm for arm in result["arms"])
+    title = f"{result['name']}: judged on {result['target']['judged']} held-out items"
+    table = Table(title=title, title_justify="left")
+    names = ["arm", "judged loss", "over random", f"{result['study']['verify']['level']:.0%} CI", "verdict", "cost"]
+    for name in names + (["over everything"] if whole else []):
+        table.add_column(name, justify="left" if name in ("arm", "verdict") else "right", no_wrap=name != "arm")
+    for arm in result["arms"]:
+        gain, ci = arm["gain_over_random"], arm["ci"]
+        row = [
+            arm["name"], f"{arm['judged_loss']:.4f}", "" if gain is None else f"{gain:+.4f}",
+            "" if ci is None else f"{ci[0]:+.4f} .. {ci[1]:+.4f}", Text(arm["verdict"], STYLES[arm["verdict"]]),
+            f"{arm['selection_flops_share']:.2f}x",
+        ]  # fmt: skip
+        over = arm.get("over_everything")
+        if whole:
+            row.append("" if over is None else f"{over['gain']:+.4f} {over['verdict']}")
+        table.add_row(*row)
+    console.print(table)
+    console.print(Text("gains in the unit of the loss, positive = better; cost = selecting / one training run", "dim"))
+    for arm in result["arms"]:
+        aucs = {k: v["auc"] for k, v in arm["planted"].items() if v.get("auc") is not None and k == "flipped"}
+        for kind, value in aucs.items():
+            if not arm["name"].startswith("random"):
+                console.print(f"AUC of {kind} detection by {arm['name']}: {value:.3f}")
+    best = result["recommended"]
+    text = (
+        f"{best} selected the best training set."
+        if best
+        else "No gain: no arm is better than random selection at this budget."
+    )
+    console.print(Text(text, "bold"))
+
+
+def show_methods(entries: list[dict[str, Any]], console: Console | None = None) -> None:
+    """All methods by kind, with their options."""
+    console = console or Console()
+    for kind in ("scorer", "featurizer", "selector"):
+        table = Table(title=f"{kind}s", title_justify="left", show_lines=True)
+        for name in ("name", "what it does", "cost", "options"):
+            table.add_column(name, overflow="fold")
+        for entry in entries:
+            if entry["kind"] == kind:
+                options = ", ".join(f"{o['name']}={o['default']!r}" for o in entry["options"])
+                what = Text.assemble(
+                    entry["summary"], ("\n" + entry["formula"], "cyan"), ("\n" + entry["reference"], "dim")
+                )
+                table.add_row(Text(entry["name"], "bold"), what, entry["cost"], options)
+        console.print(table)
+
+
+def is_plain() -> bool:
+    """Whether standard error is no terminal."""
+    return not sys.stderr.isatty()

@@ -1,0 +1,416 @@
+"""What every method must do. A new file in `features`, `scorers` or `selectors` is tested by being there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import assay.scorers
+from assay.core.errors import InputError
+from assay.core.keys import digest, encode_ids
+from assay.core.method import KINDS, Featurizer, Method, Scorer, Selector, describe, discover, find, make
+from assay.core.pool import Pool
+from assay.core.run import Run
+from assay.core.selection import Budget, Selection
+from assay.core.table import Table
+from assay.core.task import Task
+from assay.data import toys
+from assay.measure import Measurer, Work
+from assay.numerics.stats import auc
+from assay.train.loop import train
+from assay.train.models import Classifier, LanguageModel, train_tokenizer
+from assay.train.recipe import Recipe
+from helpers import prepared
+
+# Methods that cannot run on the language model, and why; all others are tested on text.
+VECTORS = {
+    "influence": "the Gauss-Newton matrix needs the task's logits, and the solvers are for a few thousand weights",
+    "self_influence": "as influence",
+}
+# Methods whose every field has no default: how to make them. Empty as long as all have defaults.
+OPTIONS: dict[str, dict[str, Any]] = {}
+
+MEASURES = sorted((kind, name) for kind in ("featurizer", "scorer") for name in discover(KINDS[kind]))
+SCORERS = sorted(discover(Scorer))
+SELECTORS = sorted(discover(Selector))
+
+
+@dataclass
+class World:
+    """A pool with a good and a bad half, a target like the good half, a task, and models of it."""
+
+    pool: Pool
+    target: Pool
+    good: np.ndarray
+    task: Task
+    models: list[dict[str, Any]]
+    folder: Path
+    known: dict[tuple[str, str], Table] = field(default_factory=dict)
+
+    def measurer(self, out: Path, *, pool: Pool | None = None, cls: type[Measurer] = Measurer, **options: Any) -> Any:
+        """A Measurer over the pool, or over another order or part of it, in a new run."""
+        pool = self.pool if pool is None else pool
+        encodings = {}
+        for part in (pool, self.target):
+            path = self.folder / part.fingerprint
+            if not path.exists():
+                prepared(self.task, part, path)
+            encodings[part.fingerprint] = path
+        run = opened(out)
+        key = digest(self.task.describe(), "contract")
+        return cls(run, pool, self.target, task=self.task, models=self.models, encodings=encodings, key=key, **options)
+
+
+def opened(out: Path) -> Run:
+    """A run whose lock is given back at once: one process uses it."""
+    run = Run.open(out, {"name": "contract"})
+    run.close()
+    return run
+
+
+def trained(task: Task, pool: Pool, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    encoded = prepared(task, pool, folder)
+    return train(task, encoded, np.arange(len(pool)), Selection.everything(pool.ids), recipe).params
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("text")
+    planted = toys.skills(64)
+    pool, target = Pool.from_columns(planted.pool), Pool.from_columns(planted.target).at(slice(0, 24))
+    task = LanguageModel(tokenizer=train_tokenizer(pool, vocab=400), vocab=400, width=16, layers=1, heads=2, context=48)
+    recipe = Recipe(steps=40, terms_per_step=512, lr=1e-2)
+    models = [trained(task, pool, folder / "train", recipe.with_seed(s)) for s in range(2)]
+    return World(pool, target, np.array(pool.column("domain")) == "good", task, models, folder)
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Zeros and ones at a quarter of the resolution; in the bad half of the pool the labels are exchanged."""
+    folder = tmp_path_factory.mktemp("vectors")
+    rows, _, _ = toys.digits(flip=0.0)
+    labels = np.array(rows["label"].to_pylist())
+    kept = np.flatnonzero(labels < 2)[:96]
+    pixels = np.array(rows["pixels"].to_pylist())[kept].reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
+    ids, labels = np.array(rows["id"].to_pylist())[kept], labels[kept]
+    good = np.arange(len(kept)) % 2 == 0
+    good[48:] = True
+    given = np.where(good, labels, 1 - labels)
+    everything = Pool.from_columns({"id": ids.tolist(), "pixels": pixels.tolist(), "label": given.tolist()})
+    pool, target, other = everything.at(slice(0, 48)), everything.at(slice(48, 64)), everything.at(slice(64, 96))
+    task = Classifier(inputs=16, hidden=(), classes=2)
+    model = trained(task, other, folder / "train", Recipe(steps=30, terms_per_step=32, lr=0.1))
+    return World(pool, target, good[:48], task, [model], folder)
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest, name: str) -> World:
+    return request.getfixturevalue("vectors" if name in VECTORS else "text")
+
+
+def method(kind: str, name: str) -> Any:
+    return make(KINDS[kind], {"name": name, **OPTIONS.get(name, {})})
+
+
+def close(values: np.ndarray, truth: np.ndarray) -> None:
+    """Within 1e-5 of the largest number."""
+    assert values.shape == truth.shape
+    np.testing.assert_allclose(values, truth, rtol=0, atol=1e-5 * np.abs(truth).max())
+
+
+@pytest.fixture
+def reference(world: World, kind: str, name: str) -> Table:
+    """The Table at default sizes, computed once for all tests."""
+    if (kind, name) not in world.known:
+        world.known[kind, name] = world.measurer(world.folder / f"{kind} {name}").table(method(kind, name))
+    return world.known[kind, name]
+
+
+both = pytest.mark.parametrize(("kind", "name"), MEASURES)
+
+
+@both
+def test_shape_ids_and_finite(world: World, kind: str, name: str, reference: Table) -> None:
+    assert (reference.ids == world.pool.ids).all()
+    assert reference.values.shape == (len(world.pool), len(reference.columns))
+    assert len(set(reference.columns)) == len(reference.columns) >= 1
+    assert np.isfinite(reference.values).all()
+    assert reference.meta["coverage"] == 1.0 and reference.meta["nan"] == 0
+    assert name == "exact_dup" or reference.values.std() > 0, "the scores say nothing"
+
+
+@both
+def test_batch_size_does_not_matter(world: World, kind: str, name: str, reference: Table, tmp_path: Path) -> None:
+    for batch in (1, 7):
+        close(world.measurer(tmp_path / str(batch), batch=batch).table(method(kind, name)).values, reference.values)
+
+
+@both
+def test_shard_size_does_not_matter(world: World, kind: str, name: str, reference: Table, tmp_path: Path) -> None:
+    for shard in (5, 16):
+        close(world.measurer(tmp_path / str(shard), shard=shard).table(method(kind, name)).values, reference.values)
+
+
+@both
+def test_order_of_the_pool_does_not_matter(
+    world: World, kind: str, name: str, reference: Table, tmp_path: Path
+) -> None:
+    mixed = world.pool.at(np.random.default_rng(0).permutation(len(world.pool)))
+    found = world.measurer(tmp_path / "mixed", pool=mixed).table(method(kind, name))
+    close(found.align(world.pool.ids).values, reference.values)
+    if kind == "scorer":
+        cut, ones = make(Selector, "cut"), np.ones(len(mixed), dtype=np.int64)
+        chosen = [set(cut.select(t, ones, Budget(20, "examples"), barred={}).ids.tolist()) for t in (found, reference)]
+        assert chosen[0] == chosen[1]
+
+
+@both
+def test_same_seed_same_bytes(world: World, kind: str, name: str, reference: Table, tmp_path: Path) -> None:
+    again = world.measurer(tmp_path / "again").table(method(kind, name))
+    assert again.values.tobytes() == reference.values.tobytes()
+
+
+class Pickling(Measurer):
+    """Every method works from a pickled copy of its state, as in a worker."""
+
+    def _work(self, method: Method, state: Any, pool: Pool) -> Work:
+        return pickle.loads(pickle.dumps(super()._work(method, state, pool)))
+
+
+@both
+def test_state_survives_pickling(world: World, kind: str, name: str, reference: Table, tmp_path: Path) -> None:
+    found = world.measurer(tmp_path / "pickled", cls=Pickling).table(method(kind, name))
+    assert found.values.tobytes() == reference.values.tobytes()
+
+
+@both
+def test_one_row(world: World, kind: str, name: str, tmp_path: Path) -> None:
+    try:
+        table = world.measurer(tmp_path / "one", pool=world.pool.at([0])).table(method(kind, name))
+    except InputError:
+        return
+    assert len(table) == 1 and np.isfinite(table.values).all()
+
+
+def test_empty_pool_or_target(text: World, tmp_path: Path) -> None:
+    nothing = text.pool.at([])
+    with pytest.raises(InputError, match="the pool is empty"):
+        text.measurer(tmp_path / "pool", pool=nothing)
+    with pytest.raises(InputError, match="the target is empty"):
+        Measurer(opened(tmp_path / "target"), text.pool, nothing)
+
+
+@pytest.mark.parametrize("name", [n for n, c in discover(Scorer).items() if c.measures_utility])
+def test_good_half_ranks_above_bad_half(world: World, name: str, tmp_path: Path) -> None:
+    """Fixes the sign: positive utility = adding the example lowers the target loss."""
+    scores = world.measurer(tmp_path / "run").table(method("scorer", name)).values[:, 0]
+    assert auc(scores, world.good) > 0.7
+
+
+EVERY = [(kind, name) for kind, base in KINDS.items() for name in sorted(discover(base))]
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_fields_round_trip_through_json(kind: str, name: str) -> None:
+    made = method(kind, name)
+    assert made.name == name
+    again = make(KINDS[kind], json.loads(json.dumps(made.spec())))
+    assert again == made and again.spec() == made.spec()
+    for option in dataclasses.fields(made):
+        value = getattr(made, option.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            changed = dataclasses.replace(made, **{option.name: 3})
+            assert make(KINDS[kind], json.loads(json.dumps(changed.spec()))) == changed != made
+    assert pickle.loads(pickle.dumps(made)) == made
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.anything = 1
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_unknown_options_are_refused(kind: str, name: str) -> None:
+    with pytest.raises(InputError, match="has no option"):
+        make(KINDS[kind], {"name": name, "sede": 1})
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_description_is_complete(kind: str, name: str) -> None:
+    about = describe(find(KINDS[kind], name))
+    assert about["name"] == name and about["kind"] == kind
+    assert about["summary"].endswith(".") and len(about["summary"]) < 121
+    assert about["formula"] and about["reference"]
+    if kind == "scorer":
+        assert about["unit"]
+    if kind != "selector":
+        assert about["cost"] in ("none", "text", "forward", "gradient", "retrain")
+    for option in about["options"]:
+        assert option["type"] and "typing" not in option["type"] and "<class" not in option["type"], option
+    if about["measures_utility"]:
+        assert about["cost"] in ("gradient", "forward", "retrain"), "utility is measured with a model"
+
+
+# Selectors.
+
+
+@dataclass
+class Scores:
+    table: Table
+    sizes: np.ndarray
+
+    def at(self, rows: np.ndarray) -> Scores:
+        return Scores(Table(self.table.ids[rows], self.table.columns, self.table.values[rows]), self.sizes[rows])
+
+    def select(self, selector: Selector, budget: Budget, barred: dict[str, np.ndarray] | None = None) -> Selection:
+        return selector.select(self.table, self.sizes, budget, barred=barred or {})
+
+
+def some_scores(n: int = 60) -> Scores:
+    rng = np.random.default_rng(1)
+    # One decimal: many ties.
+    values = np.round(rng.normal(size=(n, 1)), 1)
+    return Scores(Table(encode_ids([f"row {i}" for i in range(n)]), ("score",), values), rng.integers(1, 30, n))
+
+
+BUDGETS = [Budget(17, "examples"), Budget(150, "tokens")]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize("name", SELECTORS)
+class TestSelectors:
+    def test_within_the_pool_and_the_budget(self, name: str, budget: Budget) -> None:
+        scores, selector = some_scores(), method("selector", name)
+        chosen = scores.select(selector, budget)
+        assert 0 < len(chosen) == len(set(chosen.ids.tolist())) and np.isin(chosen.ids, scores.table.ids).all()
+        used = scores.sizes[np.isin(scores.table.ids, chosen.ids)].sum()
+        assert (len(chosen) if budget.unit == "examples" else used) <= budget.amount
+        dropped = np.concatenate(list(chosen.dropped.values()))
+        assert sorted([*chosen.ids.tolist(), *dropped.tolist()]) == sorted(scores.table.ids.tolist()), "a row is lost"
+
+    def test_order_of_rows_does_not_matter(self, name: str, budget: Budget) -> None:
+        scores, selector = some_scores(), method("selector", name)
+        mixed = scores.at(np.random.default_rng(2).permutation(len(scores.sizes)))
+        assert mixed.select(selector, budget).ids.tolist() == scores.select(selector, budget).ids.tolist()
+
+    def test_again_and_pickled(self, name: str, budget: Budget) -> None:
+        scores, selector = some_scores(), method("selector", name)
+        first = scores.select(selector, budget)
+        again = scores.select(pickle.loads(pickle.dumps(selector)), budget)
+        assert again.fingerprint == first.fingerprint and again.reasons() == first.reasons()
+        json.dumps(first.meta)
+
+    def test_barred_ids_are_never_chosen(self, name: str, budget: Budget) -> None:
+        scores, selector = some_scores(), method("selector", name)
+        best = scores.select(selector, budget).ids[:5]
+        chosen = scores.select(selector, budget, {"contaminated": best})
+        assert not np.isin(chosen.ids, best).any()
+        assert sorted(chosen.dropped["contaminated"].tolist()) == sorted(best.tolist())
+
+    def test_empty_and_one_row(self, name: str, budget: Budget) -> None:
+        scores, selector = some_scores(), method("selector", name)
+        for rows in (0, 1):
+            assert len(scores.at(np.arange(rows)).select(selector, budget)) == rows
+        everything = {"contaminated": scores.table.ids}
+        assert len(scores.select(selector, budget, everything)) == 0
+
+
+# Methods from elsewhere.
+
+NEW = '''
+"""Tests."""
+from __future__ import annotations
+from assay.core.method import Positive, Scorer
+
+class LettersOf(Scorer):
+    """Counts one letter.
+
+    Formula: s_i = share x number of letters
+    Reference: none
+    """
+    share: Positive = 1.0
+    unit = "letters"
+
+    def score(self, state, batch):
+        return [self.share * text.count("a") for text in batch.column("text")]
+'''
+
+
+@pytest.fixture
+def forget() -> Any:
+    known = set(sys.modules)
+    yield
+    for name in set(sys.modules) - known:
+        if name.endswith("letters_of"):
+            del sys.modules[name]
+            if hasattr(assay.scorers, "letters_of"):
+                delattr(assay.scorers, "letters_of")
+
+
+def test_dropping_a_file_in_is_enough(
+    text: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: None
+) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "letters_of.py").write_text(NEW)
+    monkeypatch.setattr(assay.scorers, "__path__", [*assay.scorers.__path__, str(tmp_path / "more")])
+    assert "letters_of" in discover(Scorer)
+    made = make(Scorer, {"name": "letters_of", "share": 2})
+    assert made.name == "letters_of" and made.spec() == {"name": "letters_of", "share": 2.0}
+    assert describe(type(made))["formula"] == "s_i = share x number of letters"
+    table = text.measurer(tmp_path / "run").table(made)
+    assert table.column("score").tolist() == [2 * t.count("a") for t in text.pool.column("text")]
+    with pytest.raises(InputError, match="did you mean 'letters_of'"):
+        make(Scorer, "leters_of")
+
+
+def test_dotted_name_is_any_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
+    (tmp_path / "mylab").mkdir()
+    (tmp_path / "mylab" / "__init__.py").write_text("")
+    (tmp_path / "mylab" / "letters_of.py").write_text(NEW)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = make(Scorer, "mylab.letters_of")
+    assert made.name == "mylab.letters_of" and make(Scorer, made.spec()) == made
+    with pytest.raises(InputError, match="no module"):
+        make(Scorer, "mylab.nothing")
+    monkeypatch.delitem(sys.modules, "mylab")
+
+
+def test_a_method_is_final() -> None:
+    for base in (make(Scorer, "random"), make(Featurizer, "embed"), make(Selector, "cut")):
+        with pytest.raises(TypeError, match="is final"):
+            type("Mine", (type(base),), {})
+
+
+def test_an_abstract_kind_cannot_be_made() -> None:
+    for base in KINDS.values():
+        with pytest.raises(TypeError, match="is abstract"):
+            base()
+
+
+def wrong(call: Callable[[], Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_messages_name_what_is_wrong() -> None:
+    assert "did you mean 'trak'" in wrong(lambda: make(Scorer, "trakk"))
+    assert "did you mean 'damping'" in wrong(lambda: make(Scorer, {"name": "trak", "dampin": 1}))
+    assert "option 'damping' of 'trak' cannot be -1" in wrong(lambda: make(Scorer, {"name": "trak", "damping": -1}))
+    assert "not a scorer" in wrong(lambda: make(Scorer, 3))
+    assert "unknown featurizer" in wrong(lambda: make(Scorer, {"name": "trak", "features": "bm25"}))
