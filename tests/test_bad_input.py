@@ -204,6 +204,7 @@ OPTION_CASES = [
     Case("set wrong type", nothing, run("--set", "verify.seeds=many"), ["verify.seeds cannot be 'many'", "whole number"]),
     Case("set a path to a number", nothing, run("--set", "pool.path=3"), ["pool.path cannot be 3", "a string"]),
     Case("set a table to a number", nothing, run("--set", "pool=3"), ["pool cannot be 3", "a table of keys"]),
+    Case("path that is not UTF-8", nothing, run("--pool", "p\udcff.jsonl"), ["pool.path is not UTF-8", "rename"]),
     Case("too few seeds", nothing, run("--set", "verify.seeds=1"), ["verify.seeds cannot be 1", "greater than or equal"]),
     Case("negative seed", nothing, run("--set", "seed=-1"), ["seed cannot be -1", "greater than or equal to 0"]),
     Case("arm that is a path", nothing, run("--set", 'arms=[{name="../../x", method="length"}]'),
@@ -400,7 +401,7 @@ def test_a_score_that_is_no_number(value: str, folder: Path, call: Any, monkeypa
     monkeypatch.syspath_prepend(str(folder))
     status, _, err = call(*run("--methods", f"random,length,{module}"))
     assert status == 2, err
-    assert "NaN" in err and "id '" in err and module in err and "scorer" in err
+    assert "NaN" in err and "id '" in err and "scores-broken" in err
 
 
 @pytest.mark.parametrize("stage", ["study.json", "pool.json", "step.json", "result.json", "report.html"])

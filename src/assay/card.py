@@ -15,7 +15,8 @@ from assay.core.selection import Selection
 
 
 def write_dataset(path: Path, pool: Pool, selection: Selection, arm: dict[str, Any], result: dict[str, Any]) -> None:
-    """`data.parquet` (the pool's columns, with `id` and `weight`, in the selection's order), `README.md`, `manifest.json`."""
+    """`data.parquet` (the pool's columns with `id` and `weight`, in the selection's order), `README.md` and
+    `manifest.json`."""
     path.mkdir(parents=True, exist_ok=True)
     aside = path / ".data.parquet.tmp"
     writer: pq.ParquetWriter | None = None
@@ -52,7 +53,8 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
         f"| {k} | {v['in_pool']:,} | {v['selected']:,} | {_times(v['enrichment'])} |" for k, v in arm["planted"].items()
     ]
     lines = [
-        "---", "configs:", "- config_name: default", "  data_files: data.parquet", "tags:", "- data-selection", "- assay", "---", "",
+        "---", "configs:", "- config_name: default", "  data_files: data.parquet", "tags:", "- data-selection",
+        "- assay", "---", "",
         f"# {_plain(result['name'])}: selected by {_plain(arm['name'])}", "",
         f"{arm['selected']:,} rows{tokens}, chosen from a pool of {pool['rows']:,} rows for the target"
         f" `{_plain(target['name'])}` with [assay](https://pypi.org/project/assay-data/) {result['assay']}.", "",
@@ -61,9 +63,10 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
         f"Gain {arm['gain_over_random']:+.4f} {target['measure']}, interval {_interval(arm['ci'])}"
         f" at level {result['study']['verify']['level']:.0%}; judged on {target['judged']} held-out items,"
         f" {len(training['seeds'])} paired seeds, {result['study']['verify']['random']} random draws.",
-        f"Judged loss {arm['judged_loss']:.4f} {target['measure']}, a {training['parameters']:,}-parameter model trained for"
-        f" {training['steps']} steps, {training['repeats']:.1f} times through the selection.",
-        f"Selecting cost {arm['selection_flops_share']:.2f} times the floating-point operations of one such training run.", "",
+        f"Judged loss {arm['judged_loss']:.4f} {target['measure']}, a {training['parameters']:,}-parameter model trained"
+        f" for {training['steps']} steps, {training['repeats']:.1f} times through the selection.",
+        f"Selecting cost {arm['selection_flops_share']:.2f} times the operations of one such training run.",
+        "",
         "The figures hold for this pool, budget, model size and number of repeats, and for no other.", "",
         "## Composition", "", "| domain | in pool | selected |", "|---|---|---|", *rows, "",
     ]  # fmt: skip
@@ -79,8 +82,8 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
     hits = result["contamination"]
     lines += [
         "## Contamination", "",
-        f"{hits['hits']} pool rows share a run of {hits['ngram']} words with a target item; they were removed before selection."
-        f" Left alone, this method would have taken {arm['contamination']['hits']}.", "",
+        f"{hits['hits']} pool rows share a run of {hits['ngram']} words with a target item; they were removed before"
+        f" selection. Left alone, this method would have taken {arm['contamination']['hits']}.", "",
         "## Licence", "", "The rows keep the licences of the pool they came from; nothing here grants more.", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -175,8 +175,16 @@ class Measurer:
         return [dataclasses.replace(method, model=k) for k in range(len(self.models))]
 
     def encoded(self, pool: Pool) -> Encoded:
-        assert self.task is not None
-        return self.task.encoded(self.encodings[pool.fingerprint])
+        task = self.task
+        assert task is not None
+        if pool.fingerprint not in self.encodings:
+            # A pool that a method made itself, such as a corrupted copy of the target.
+            key = task.describe(), pool.fingerprint
+            step = self.run.step("encode", key, lambda part, _: task.prepare(pool, part), label="tokenise")
+            self.encodings[pool.fingerprint] = step
+        if self._stack:
+            self._stack[-1].uses.append(self.encodings[pool.fingerprint].name)
+        return task.encoded(self.encodings[pool.fingerprint])
 
     def batches(self, pool: Pool) -> Iterator[Rows]:
         work = self._work(self._stack[-1].method, None, pool)

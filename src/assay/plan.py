@@ -27,7 +27,7 @@ from assay.measure import PASSES, uses_model
 from assay.study import Study
 
 SAMPLE = 1500
-# Seconds to fork the first worker with torch loaded, and for each later set of workers.
+# Seconds to fork the first worker with the heavy packages loaded, and for each later set of workers.
 START, RESTART = 3.0, 0.3
 
 

@@ -100,7 +100,7 @@ class TrainSpec(_Spec):
 class VerifySpec(_Spec):
     """How arms are compared: `seeds` paired trainings of each, `random` independent random selections."""
 
-    seeds: int = pydantic.Field(default=4, ge=2)
+    seeds: int = pydantic.Field(default=4, ge=2, le=1000)
     random: int = pydantic.Field(default=3, ge=1)
     everything: bool = False
     """Add an arm trained on the whole pool."""
@@ -198,6 +198,8 @@ def parse(data: Mapping[str, Any], *, where: str = "study") -> Study:
         except InputError as error:
             raise InputError(error.what, where=error.where or where, why=error.why, fix=error.fix) from error
     for key, value in _leaves(study.spec()):
+        if isinstance(value, str) and not value.isascii() and value.encode(errors="replace").decode() != value:
+            raise InputError(f"{key} is not UTF-8: {value!r}", where=where, fix="rename the file")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key} cannot be {value}", where=where, why="it must be finite", fix="give a number")
     return study

@@ -167,8 +167,10 @@ class Scorer(Method, abstract=True):
     cost: ClassVar[Cost] = "text"
     unit: ClassVar[str] = "arbitrary"
     measures_utility: ClassVar[bool] = False
-    passes: ClassVar[float] = 1.0
-    """How many times the work of its cost class one example takes: 2 for two forward passes."""
+    @property
+    def passes(self) -> float:
+        """How many times the work of its cost class one example takes: 2 for two forward passes."""
+        return 1.0
 
     def init(self, context: Context) -> Any:
         """A small picklable state."""

@@ -75,7 +75,9 @@ def _context() -> Any:
     """Workers forked from a clean server that has the heavy packages loaded: they start fast, and share its pages."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "numpy", "pyarrow.parquet", "pydantic", "safetensors.torch"])
+        context.set_forkserver_preload(
+            ["torch", "numpy", "pyarrow.parquet", "pydantic", "scipy.stats", "safetensors.torch"]
+        )
         return context
     return multiprocessing.get_context("spawn")
 
