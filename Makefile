@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/assay demo $(DEMO) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -13,6 +13,8 @@ import pytest
 
 import small_study
 
+pytestmark = pytest.mark.xdist_group("kill")  # one process makes the run that all compare with
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Path, Path, float, subprocess.CompletedProcess[str]]:

@@ -63,8 +63,8 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
         f"Gain {arm['gain_over_random']:+.4f} {target['measure']}, interval {_interval(arm['ci'])}"
         f" at level {result['study']['verify']['level']:.0%}; judged on {target['judged']} held-out items,"
         f" {len(training['seeds'])} paired seeds, {result['study']['verify']['random']} random draws.",
-        f"Judged loss {arm['judged_loss']:.4f} {target['measure']}, a {training['parameters']:,}-parameter model trained"
-        f" for {training['steps']} steps, {training['repeats']:.1f} times through the selection.",
+        f"Judged loss {arm['judged_loss']:.4f} {target['measure']}, a {training['parameters']:,}-parameter model"
+        f" trained for {training['steps']} steps, {training['repeats']:.1f} times through the selection.",
         f"Selecting cost {arm['selection_flops_share']:.2f} times the operations of one such training run.",
         "",
         "The figures hold for this pool, budget, model size and number of repeats, and for no other.", "",

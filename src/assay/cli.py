@@ -47,7 +47,7 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False) -> None:
     """Build training sets by measuring what each example teaches the model."""
 
 
@@ -241,15 +241,20 @@ def _demo(name: str, changes: list[str]) -> Any:
 
 
 def _run(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, replace: bool) -> None:
+    from assay import plan as planner
     from assay import terminal
     from assay.core.progress import Progress
     from assay.job import run_study
     from assay.report.page import build
 
     bars = Progress() if quiet or json_ else terminal.Bars()
+    live = bars if isinstance(bars, terminal.Bars) and bars.console.is_terminal else None
+    estimate = (lambda job: live.expect(planner.expectation(job))) if live else None
     command = shlex.join(["assay", *sys.argv[1:]])
     try:
-        result = run_study(study, out, workers=workers, progress=bars, replace=replace, command=command, report=build)
+        result = run_study(
+            study, out, workers=workers, progress=bars, replace=replace, command=command, report=build, estimate=estimate
+        )
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted: finished steps are kept in {out}; to go on, run again:\n  {command}", err=True)
         raise typer.Exit(130) from None

@@ -391,10 +391,10 @@ def run_study(
         for arm in study.contestants():
             job.methods[arm.name], job.selectors[arm.name] = make(Scorer, arm.method), make(Selector, arm.select)
         with Meter() as meter:
-            if estimate:
-                estimate(job)
             for stage in STAGES:
                 stage(job)
+                if stage is read_pool and estimate:
+                    estimate(job)
             progress.begin("report", 2, "report")
             result = result_of(job)
             export(job, result)
@@ -435,10 +435,3 @@ def export(job: Job, result: dict[str, Any]) -> None:
     for arm in result["arms"]:
         if arm["verdict"] != "baseline":
             write_dataset(job.run.path / "dataset" / arm["name"], job.pool, job.selections[arm["name"]], arm, result)
-
-
-def scores_of(job: Job, name: str) -> np.ndarray:
-    """The column an arm was cut by, in pool order."""
-    table = job.measurer.table(job.methods[name])
-    column = getattr(job.selectors[name], "column", "") or table.columns[0]
-    return table.column(column)

@@ -238,6 +238,7 @@ class Measurer:
         frame = _Frame(method, ledger)
         self._stack.append(frame)
         try:
+            self.progress.begin(self._label(method, pool), -(-len(pool) // self.shard))
             state = _one_thread(lambda: method.init(self))  # type: ignore[attr-defined]
             work = self._work(method, state, pool)
             self._fill(work, part, method.columns(state))  # type: ignore[attr-defined]

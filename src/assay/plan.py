@@ -18,7 +18,7 @@ from assay.core.errors import InputError
 from assay.core.keys import shuffled
 from assay.core.method import Featurizer, Method, Scorer, make
 from assay.core.pool import Pool
-from assay.core.run import tree_rss
+from assay.core.run import resident, tree_rss
 from assay.core.selection import Budget
 from assay.core.target import Target
 from assay.data import builtin, gate, readers, toys
@@ -124,7 +124,7 @@ def _rates(probe: _Probe, worker: int) -> dict[str, float]:
     found = {"train": _pace(lambda _: train(), 2.0 * probe.pace), "forward": _pace(forward, 0.7 * probe.pace)}
     if probe.rank is not None:
         found["gradient"] = _pace(features, 1.2 * probe.pace)
-    return {**found, "rss": float(psutil.Process().memory_info().rss)}
+    return {**found, "rss": float(resident(psutil.Process()))}
 
 
 def _pace(call: Callable[[int], float], seconds: float) -> float:

@@ -222,7 +222,7 @@ class Run:
 class Meter:
     """Wall, CPU and peak resident memory of this process and its children between enter and exit."""
 
-    def __init__(self, period: float = 0.25) -> None:
+    def __init__(self, period: float = 0.5) -> None:
         self.period, self.wall, self.cpu, self.peak = period, 0.0, 0.0, 0
 
     def __enter__(self) -> Meter:
@@ -251,14 +251,23 @@ class Meter:
 
 
 def tree_rss() -> int:
-    """Resident bytes of this process and all its children; pages they share are counted once for each."""
+    """Resident bytes of this process and all its children; a page that several share is split between them (PSS),
+    where the system can tell (Linux); elsewhere it counts once for each."""
     total = 0
     with suppress(psutil.Error):
         me = psutil.Process()
         for process in [me, *me.children(recursive=True)]:
             with suppress(psutil.Error):
-                total += process.memory_info().rss
+                total += resident(process)
     return total
+
+
+def resident(process: psutil.Process) -> int:
+    """Proportional set size of one process in bytes, or its resident set size where there is none."""
+    try:
+        return int(process.memory_full_info().pss)
+    except (AttributeError, psutil.AccessDenied):
+        return process.memory_info().rss
 
 
 def _cpu_seconds() -> float:

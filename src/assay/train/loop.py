@@ -22,7 +22,7 @@ from assay.train.models import init_params
 from assay.train.recipe import Recipe
 
 # Padded terms (rows x longest) of one micro-batch: big enough to feed one core, small enough for its caches.
-AREA = 1536
+AREA = 768
 
 
 @dataclass(frozen=True)
