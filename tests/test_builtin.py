@@ -63,7 +63,7 @@ def test_counts_and_columns(target):
     kinds = Counter(data.truth["kind"].to_pylist())
     details = Counter(data.truth["detail"].to_pylist())
     assert kinds["exact_dup"] == kinds["near_dup"] == 48 and kinds["leak"] == 40
-    assert {details[d] for d in ("char_noise", "letter_shuffle", "no_spaces", "loop")} == {6}
+    assert {details[d] for d in ("char_noise", "letter_shuffle", "no_spaces", "loop")} == {12}
     domains = Counter(row["domain"] for row in clean(data))
     assert domains[target] == details["word_shuffle"] == SIZE // 10
     rest = [domains[d] for d in DOMAINS if d != target]

@@ -47,7 +47,11 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Build training sets by measuring what each example teaches the model."""
 
 
@@ -253,7 +257,14 @@ def _run(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, r
     command = shlex.join(["assay", *sys.argv[1:]])
     try:
         result = run_study(
-            study, out, workers=workers, progress=bars, replace=replace, command=command, report=build, estimate=estimate
+            study,
+            out,
+            workers=workers,
+            progress=bars,
+            replace=replace,
+            command=command,
+            report=build,
+            estimate=estimate,
         )
     except KeyboardInterrupt:
         typer.echo(f"\ninterrupted: finished steps are kept in {out}; to go on, run again:\n  {command}", err=True)

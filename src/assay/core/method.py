@@ -167,6 +167,7 @@ class Scorer(Method, abstract=True):
     cost: ClassVar[Cost] = "text"
     unit: ClassVar[str] = "arbitrary"
     measures_utility: ClassVar[bool] = False
+
     @property
     def passes(self) -> float:
         """How many times the work of its cost class one example takes: 2 for two forward passes."""
