@@ -45,12 +45,13 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
     pool, target, training = result["pool"], result["target"], result["training"]
     tokens = "" if arm["tokens"] is None else f", {arm['tokens']:,} tokens"
     rows = [
-        f"| {d} | {pool['domains'][d]['rows']:,} | {n:,} |"
+        f"| {_plain(d)[:80]} | {pool['domains'][d]['rows']:,} | {n:,} |"
         for d, n in sorted(arm["domains"].items())
         if d in pool["domains"]
     ]
     planted = [
-        f"| {k} | {v['in_pool']:,} | {v['selected']:,} | {_times(v['enrichment'])} |" for k, v in arm["planted"].items()
+        f"| {_plain(k)[:80]} | {v['in_pool']:,} | {v['selected']:,} | {_times(v['enrichment'])} |"
+        for k, v in arm["planted"].items()
     ]
     lines = [
         "---", "configs:", "- config_name: default", "  data_files: data.parquet", "tags:", "- data-selection",
@@ -82,8 +83,8 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
     hits = result["contamination"]
     lines += [
         "## Contamination", "",
-        f"{hits['hits']} pool rows share a run of {hits['ngram']} words with a target item; they were removed before"
-        f" selection. Left alone, this method would have taken {arm['contamination']['hits']}.", "",
+        f"{hits['hits']} pool rows share a run of {hits['ngram']} words (or a whole shorter item) with the target;"
+        f" they were removed before selection. Left alone, this method would have taken {arm['contamination']['hits']}.", "",
         "## Licence", "", "The rows keep the licences of the pool they came from; nothing here grants more.", "",
     ]  # fmt: skip
     return "\n".join(lines)

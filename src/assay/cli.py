@@ -314,13 +314,18 @@ def _os_error(error: OSError, out: Path | None = None) -> InputError:
     return InputError("the system refused", where=where, why=why, fix=f"mend the cause and run the command again{kept}")
 
 
+def terminal_safe(text: str) -> str:
+    """Control characters of file contents made visible, so that they cannot drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
 def main() -> None:
     """Entry point: bad input is one clear message and status 2, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
     except InputError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {terminal_safe(str(error))}", err=True)
         sys.exit(2)
     except OSError as error:
         typer.echo(f"error: {_os_error(error)}", err=True)

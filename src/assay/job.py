@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Job:
     pool: Pool = field(init=False)
     target: Target = field(init=False)
     truth: dict[bytes, str] = field(default_factory=dict)
+    source: list[str] = field(default_factory=list)
+    """The steps that the pool was read by: columns besides its contents may differ between two of them."""
     quarantined: dict[str, Any] = field(default_factory=dict)
     hits: gate.Hits = field(init=False)
     task: Task | None = None
@@ -93,9 +96,15 @@ def read_pool(job: Job) -> None:
         keep = np.argsort(hash_ids(pool.ids, "sample", study.seed), kind="stable")[: study.pool.sample]
         pool = pool.at(np.sort(keep))
     if study.pool.truth:
-        job.truth = _truth(study, pool)
+        job.truth = _truth(study)
+    known = set(pool.ids.tolist())
+    job.truth = {i: kind for i, kind in job.truth.items() if i in known}
+    job.source = list(job.run.used)
     _distinct(pool, target, study.target.id is not None and study.pool.id is not None)
-    job.pool, job.target = pool, Target.split(target, name=study.target.name, seed=study.seed)
+    job.pool, job.target = (
+        pool,
+        Target.split(target, name=study.target.name, seed=study.seed, group=study.target.group or "group"),
+    )
     job.progress.advance()
     job.progress.end()
 
@@ -172,7 +181,7 @@ def _held_out(study: Study, pool: Pool) -> tuple[Pool, Pool]:
     return pool.at(rest), pool.at(chosen)
 
 
-def _truth(study: Study, pool: Pool) -> dict[bytes, str]:
+def _truth(study: Study) -> dict[bytes, str]:
     """Kinds of known defects by id, for the report only."""
     path = Path(str(study.pool.truth))
     try:
@@ -181,9 +190,8 @@ def _truth(study: Study, pool: Pool) -> dict[bytes, str]:
         raise InputError(
             "unreadable truth", where=path, why=str(error).splitlines()[0], fix="a Parquet file with `id` and a kind"
         ) from error
-    known = set(pool.ids.tolist())
     pairs = zip(table["id"].to_pylist(), table[study.pool.truth_kind].to_pylist(), strict=True)
-    return {str(i).encode(): str(kind) for i, kind in pairs if str(i).encode() in known}
+    return {str(i).encode(): str(kind) for i, kind in pairs}
 
 
 def _distinct(pool: Pool, target: Pool, named: bool) -> None:
@@ -215,6 +223,11 @@ def check_contamination(job: Job) -> None:
     key = job.pool.fingerprint, job.target.selecting.fingerprint, job.target.judging.fingerprint, gate.NGRAM
     held = json.loads((job.run.step("gate", key, build, label="contamination gate") / "hits.json").read_text())
     job.hits = gate.Hits(**{**held, "ids": encode_ids(held["ids"])})
+    if np.isin(job.target.judging.contents, job.pool.contents).all():
+        raise InputError(
+            "every judging item of the target stands word for word in the pool", where="target",
+            why="nothing is left to judge on", fix="hold the target out of the pool, or give more target examples",
+        )  # fmt: skip
     job.progress.advance()
     job.progress.end()
 
@@ -249,7 +262,7 @@ def build_task(job: Job) -> None:
 
 
 def train_proxies(job: Job) -> None:
-    """The scoring models: the task's model trained on the whole pool, from independent seeds."""
+    """The scoring models: the task's model trained on the pool but for contaminated rows, from independent seeds."""
     from assay.train.loop import load
 
     spec, task = job.study.proxy, job.task
@@ -257,17 +270,18 @@ def train_proxies(job: Job) -> None:
     wanted = any(uses_model(m) for m in job.methods.values())
     models = []
     if wanted:
-        total = int(job.sizes.sum())
+        # Rows that contain target items are kept from the scoring models too.
+        rows = np.flatnonzero(~np.isin(job.pool.ids, job.hits.ids))
+        total = int(job.sizes[rows].sum())
         steps = spec.steps or max(1, math.ceil(spec.passes * total / spec.recipe.terms_per_step))
         recipe = spec.recipe.model_copy(update={"steps": steps})
-        everything = Selection.everything(job.pool.ids)
-        job.proxies = _proxies(job, task, recipe, everything)
+        job.proxies = _proxies(job, task, recipe, rows)
         models = [load(path / "checkpoint.safetensors").params for path in job.proxies]
     study = job.study
     job.measurer = Measurer(
         job.run, job.pool, job.target.selecting, seed=study.seed, task=task, models=models, encodings=job.encodings,
         key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch, shard=study.shard,
-        progress=job.progress,
+        progress=job.progress, source=job.source,
     )  # fmt: skip
 
 
@@ -275,6 +289,7 @@ def train_proxies(job: Job) -> None:
 class _Proxy:
     task: Any
     pool: Path
+    rows: np.ndarray
     selection: Selection
 
 
@@ -284,16 +299,19 @@ def _train_proxy(shared: _Proxy, item: tuple[Any, Path]) -> dict[str, float]:
     recipe, folder = item
     with Meter() as meter:
         encoded = shared.task.encoded(shared.pool)
-        train(shared.task, encoded, np.arange(len(encoded)), shared.selection, recipe, folder)
+        train(shared.task, encoded, shared.rows, shared.selection, recipe, folder)
     return {"wall": meter.wall, "cpu": meter.cpu, "peak_rss": meter.peak}
 
 
-def _proxies(job: Job, task: Task, recipe: Any, everything: Selection) -> list[Path]:
-    encoded = job.encodings[job.pool.fingerprint]
+def _proxies(job: Job, task: Task, recipe: Any, rows: np.ndarray) -> list[Path]:
+    encoded, everything = job.encodings[job.pool.fingerprint], Selection.everything(job.pool.ids[rows])
     done, todo = [], []
     for k in range(job.study.proxy.models):
         own = recipe.with_seed(100_000 + 1000 * job.study.seed + k)
-        key = {"task": task.describe(), "pool": job.pool.fingerprint, "recipe": own.spec()}
+        key = {
+            "task": task.describe(), "pool": job.pool.fingerprint, "recipe": own.spec(),
+            "selection": everything.fingerprint,
+        }  # fmt: skip
         final, part, full = job.run.place("proxy", key)
         done.append(final)
         if not (final / "step.json").exists():
@@ -302,9 +320,9 @@ def _proxies(job: Job, task: Task, recipe: Any, everything: Selection) -> list[P
     job.progress.begin("proxy", len(done), "train scoring model")
     job.progress.advance(len(done) - len(todo))
     items = [(own, part) for own, part, _, _ in todo]
-    costs = local.map(_train_proxy, _Proxy(task, encoded, everything), items, workers=job.workers)
+    costs = local.map(_train_proxy, _Proxy(task, encoded, rows, everything), items, workers=job.workers)
     for (own, part, final, about), cost in zip(todo, costs, strict=True):
-        flops = 3 * task.forward_flops(job.sizes) / job.sizes.sum() * own.steps * own.terms_per_step
+        flops = 3 * task.forward_flops(job.sizes[rows]) / job.sizes[rows].sum() * own.steps * own.terms_per_step
         job.run.commit(final, part, about, {"stage": "train scoring model", "flops": flops, **cost})
         job.progress.advance()
     job.progress.end()
@@ -324,6 +342,8 @@ def score(job: Job) -> None:
 def select(job: Job) -> None:
     """Each arm's Selection at the one budget, and what it would have taken had nothing been barred."""
     job.progress.begin("select", len(job.methods), "select")
+    if job.study.verify.random == 1:
+        job.warn("one random arm: no interval can see how lucky its draw was; set verify.random to 3 or more")
     sizes = job.sizes
     barred = {"contains a target item": job.hits.ids}
     eligible = ~np.isin(job.pool.ids, job.hits.ids)
@@ -339,14 +359,15 @@ def select(job: Job) -> None:
 
         key = {
             "scores": job.measurer.path(method, job.pool).name, "select": selector.spec(), "code": selector.code(),
-            "budget": [job.budget.amount, job.budget.unit],
+            "budget": [job.budget.amount, job.budget.unit], "sizes": job.encodings[job.pool.fingerprint].name,
             "barred": digest([i.decode() for i in job.hits.ids.tolist()]),
         }  # fmt: skip
         path = job.run.step("select", key, build, label="select")
         job.free[name], job.selections[name] = Selection.open(path / "free"), Selection.open(path / "final")
         job.progress.advance()
     if job.study.verify.everything:
-        job.selections["everything"] = job.free["everything"] = Selection.everything(job.pool.ids[eligible])
+        job.free["everything"] = Selection.everything(job.pool.ids)
+        job.selections["everything"] = Selection.everything(job.pool.ids[eligible])
     job.progress.end()
 
 
@@ -382,7 +403,8 @@ def run_study(
 ) -> dict[str, Any]:  # fmt: skip
     """Do all that a study asks and return its result (also in `result.json`). Finished steps are not done again.
 
-    Raises `InputError` for bad input. Interrupted at any moment, the same call goes on and ends in the same bytes.
+    Raises `InputError` for bad input. Interrupted at any moment, the same call goes on and ends in the same
+    bytes, but for clocks and memory.
     """
     progress = progress or Progress()
     run = Run.open(out, study.spec(), replace=replace)
@@ -400,12 +422,13 @@ def run_study(
             export(job, result)
             progress.advance()
         result |= {"wall": meter.wall, "peak_rss": meter.peak, "cpu": meter.cpu}
-        run.finish(result)
+        run.publish(result)
         if report:
             report(out)
         progress.advance()
         progress.end()
         run.clean()
+        run.done()
         return result
     finally:
         run.close()
@@ -430,6 +453,10 @@ def export(job: Job, result: dict[str, Any]) -> None:
     """Selections as keep-lists, and the selected dataset of every measured arm as Parquet with its card."""
     from assay.card import write_dataset
 
+    for folder in ("selections", "dataset"):
+        for old in (job.run.path / folder).glob("*"):
+            if old.name not in job.selections:
+                shutil.rmtree(old)
     for name, selection in job.selections.items():
         selection.save(job.run.path / "selections" / name)
     for arm in result["arms"]:

@@ -149,14 +149,15 @@ class Measurer:
         self, run: Run, pool: Pool, target: Pool, *, seed: int = 0, task: Task | None = None,
         models: list[dict[str, Any]] | None = None, encodings: dict[str, Path] | None = None, key: str = "",
         workers: int = 1, batch: int = 64, shard: int = 1024, progress: Progress | None = None,
+        source: list[str] | None = None,
     ) -> None:  # fmt: skip
         for what, part in (("pool", pool), ("target", target)):
             if not len(part):
                 raise InputError(f"the {what} is empty", why="nothing can be measured", fix="give at least 1 example")
         self.run, self.pool, self.target, self.seed, self.task = run, pool, target, seed, task
         self.models, self.encodings, self.key = models or [], encodings or {}, key
-        self.trained_on = len(pool)
         self.workers, self.batch, self.shard, self.progress = workers, batch, shard, progress or Progress()
+        self.source = source or []
         self.warnings: list[str] = []
         self._paths: dict[tuple[str, str], Path] = {}
         self._stack: list[_Frame] = []
@@ -212,7 +213,7 @@ class Measurer:
                 lambda part, ledger: self._build(method, pool, part, ledger), label=self._label(method, pool),
             )  # fmt: skip
             self._paths[held] = path
-            for name in uses(path):
+            for name in closure(path):
                 self.run.touch(name)
         if self._stack:
             self._stack[-1].uses.append(self._paths[held].name)
@@ -222,7 +223,8 @@ class Measurer:
         return {
             "method": method.spec(), "code": [m.code() for m in _family(method)], "pool": pool.fingerprint,
             "target": self.target.fingerprint, "reference": self.pool.fingerprint, "seed": self.seed,
-            "models": self.key if uses_model(method) else "", "batch": self.batch, "shard": self.shard,
+            "source": self.source, "models": self.key if uses_model(method) else "", "batch": self.batch,
+            "shard": self.shard,
         }  # fmt: skip
 
     def _label(self, method: Method, pool: Pool) -> str:
@@ -252,7 +254,7 @@ class Measurer:
         """Forward passes' worth of work an example: none for a scorer that reads features made by another step."""
         if any(isinstance(c, Featurizer) for c in method.children()):
             return 0.0
-        single = isinstance(method, Featurizer) or self.members(method) == [method] and "model" in method.spec()
+        single = isinstance(method, Featurizer) or "model" in method.spec()
         return PASSES[method.cost] * getattr(method, "passes", 1.0) * (1 if single else len(self.models))  # type: ignore[attr-defined]
 
     def _fill(self, work: Work, part: Path, columns: tuple[str, ...]) -> None:
@@ -281,10 +283,6 @@ class Measurer:
             "models": self.key if model else None, "seed": self.seed,
             "loss_reduction": self.task.reduction if model and self.task else None, "device": "cpu",
         }  # fmt: skip
-
-    def lineage(self, method: Method) -> list[str]:
-        """Names of all steps that a method's scores over the pool rest on, its own first."""
-        return closure(self.path(method, self.pool))
 
 
 @dataclass

@@ -139,6 +139,11 @@ class Study(_Spec):
     def _budget(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    def _reserved(self, arm: ArmSpec) -> bool:
+        """Whether an arm bears the name of a baseline that it is not."""
+        spec = arm.method.get("name") if isinstance(arm.method, Mapping) else arm.method
+        return arm.name == "everything" or (arm.name.startswith("random-") and spec != "random")
+
     def contestants(self) -> list[ArmSpec]:
         """Arms by name: `random` becomes `random-1..n`, each with its own draw."""
         arms: list[ArmSpec] = []
@@ -150,6 +155,12 @@ class Study(_Spec):
                 arms.append(arm)
         if not any(a.name.startswith("random-") for a in arms):
             arms = [_random(r + 1, self.seed) for r in range(self.verify.random)] + arms
+        for arm in arms:
+            if self._reserved(arm):
+                raise InputError(
+                    f"an arm cannot be called {arm.name!r}", why="that name is kept for a baseline",
+                    fix="give the entry of `arms` another name",
+                )  # fmt: skip
         names = [a.name for a in arms]
         for name in names:
             if names.count(name) > 1:

@@ -66,7 +66,8 @@ def _clean_items(job: Job) -> np.ndarray:
 
 
 def _share(job: Job) -> float:
-    whole = int(job.sizes.sum()) if job.budget.unit == "tokens" else len(job.pool)
+    free = ~np.isin(job.pool.ids, job.hits.ids)
+    whole = int(job.sizes[free].sum()) if job.budget.unit == "tokens" else int(free.sum())
     return job.budget.amount / whole
 
 
@@ -184,7 +185,9 @@ def _planted(job: Job, name: str, selection: Selection) -> dict[str, Any]:
 def _nulls(losses: dict[str, np.ndarray], level: float) -> dict[str, Any] | None:
     """The first random arm against the others: a verdict other than `unresolved` would be noise taken for signal."""
     draws = [v for n, v in losses.items() if n.startswith("random-")]
-    return {"random_vs_random": compare(draws[0], np.stack(draws[1:]), level=level)} if len(draws) > 1 else None
+    return (
+        {"random_vs_random": compare(draws[0], np.stack(draws[1:]), level=level, draw=True)} if len(draws) > 1 else None
+    )
 
 
 def _recommended(arms: list[dict[str, Any]]) -> str | None:

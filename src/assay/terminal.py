@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -138,20 +137,20 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     whole = any("over_everything" in arm for arm in result["arms"])
     title = f"{result['name']}: judged on {result['target']['judged']} held-out items"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     names = ["arm", "judged loss", "over random", f"{result['study']['verify']['level']:.0%} CI", "verdict", "cost"]
     for name in names + (["over everything"] if whole else []):
-        table.add_column(name, justify="left" if name in ("arm", "verdict") else "right", no_wrap=name != "arm")
+        table.add_column(name, justify="left" if name in ("arm", "verdict") else "right", no_wrap=True)
     for arm in result["arms"]:
         gain, ci = arm["gain_over_random"], arm["ci"]
         row = [
-            arm["name"], f"{arm['judged_loss']:.4f}", "" if gain is None else f"{gain:+.4f}",
-            "" if ci is None else f"{ci[0]:+.4f} .. {ci[1]:+.4f}", Text(arm["verdict"], STYLES[arm["verdict"]]),
-            f"{arm['selection_flops_share']:.2f}x",
+            Text(arm["name"]), f"{arm['judged_loss']:.3f}", "" if gain is None else f"{gain:+.3f}",
+            "" if ci is None else f"{ci[0]:+.3f} .. {ci[1]:+.3f}", Text(arm["verdict"], STYLES[arm["verdict"]]),
+            f"{arm['selection_flops_share']:.1f}x",
         ]  # fmt: skip
         over = arm.get("over_everything")
         if whole:
-            row.append("" if over is None else f"{over['gain']:+.4f} {over['verdict']}")
+            row.append("" if over is None else f"{over['gain']:+.3f} {over['verdict']}")
         table.add_row(*row)
     console.print(table)
     console.print(Text("gains in the unit of the loss, positive = better; cost = selecting / one training run", "dim"))
@@ -159,12 +158,12 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
         aucs = {k: v["auc"] for k, v in arm["planted"].items() if v.get("auc") is not None and k == "flipped"}
         for kind, value in aucs.items():
             if not arm["name"].startswith("random"):
-                console.print(f"AUC of {kind} detection by {arm['name']}: {value:.3f}")
+                console.print(Text(f"AUC of {kind} detection by {arm['name']}: {value:.3f}"))
     best = result["recommended"]
     text = (
-        f"{best} selected the best training set."
+        f"{best} beats random selection by the most; arms are not tested against each other."
         if best
-        else "No gain: no arm is better than random selection at this budget."
+        else "No gain: no arm was shown to beat random selection at this budget."
     )
     console.print(Text(text, "bold"))
 
@@ -184,8 +183,3 @@ def show_methods(entries: list[dict[str, Any]], console: Console | None = None) 
                 )
                 table.add_row(Text(entry["name"], "bold"), what, entry["cost"], options)
         console.print(table)
-
-
-def is_plain() -> bool:
-    """Whether standard error is no terminal."""
-    return not sys.stderr.isatty()

@@ -123,14 +123,15 @@ def _source(module: Any) -> str:
     return digest_file(Path(module.__file__))
 
 
-def compare(arm: np.ndarray, baseline: np.ndarray, *, level: float = 0.95) -> dict[str, Any]:
+def compare(arm: np.ndarray, baseline: np.ndarray, *, level: float = 0.95, draw: bool = False) -> dict[str, Any]:
     """Gain of an arm over baseline draws, with a verdict.
 
     `arm` is `[seeds, items]`, `baseline` `[draws, seeds, items]`, both judged losses; gain = baseline - arm, in the
     unit of the loss, positive = the arm is better. The interval treats draws, seeds and items as crossed random
-    factors (`crossed_interval`).
+    factors (`crossed_interval`). With `draw`, the arm is itself a random draw, and the luck of its draw
+    counts too; without, the verdict is about the one set that was selected.
     """
-    mean, low, high = crossed_interval(baseline - arm[None], level=level)
+    mean, low, high = crossed_interval(baseline - arm[None], level=level, single=(0,) if draw else ())
     return {"gain": mean, "ci": [low, high], "verdict": verdict(low, high)}
 
 
@@ -151,7 +152,7 @@ def verify(losses: Mapping[str, np.ndarray], *, level: float = 0.95) -> dict[str
             "by_seed": seeds.tolist(),
         }
         if others:
-            entry |= compare(own, np.stack(others), level=level)
+            entry |= compare(own, np.stack(others), level=level, draw=name in draws)
         if "everything" in losses and name != "everything":
             entry["over_everything"] = compare(own, losses["everything"][None], level=level)
         result[name] = entry

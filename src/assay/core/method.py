@@ -7,7 +7,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import sys
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +54,6 @@ class Context(Protocol):
     target: Pool
     task: Any
     models: list[dict[str, Any]]
-    trained_on: int
     seed: int
 
     def table(self, method: Method) -> Table:
@@ -323,8 +321,3 @@ def describe(cls: type[Method]) -> dict[str, Any]:
         "measures_utility": getattr(cls, "measures_utility", False),
         "options": options,
     }
-
-
-def is_loaded(package: str) -> bool:
-    """Whether a heavy package was imported already in this process."""
-    return package in sys.modules

@@ -16,9 +16,10 @@ from typing import Any
 import psutil
 
 from assay.core.errors import InputError
-from assay.core.keys import digest, write_json
+from assay.core.keys import digest, digest_sources, write_json
 
 FORMAT = 1
+PACKAGE = Path(__file__).parents[1]
 
 
 class Ledger:
@@ -47,6 +48,8 @@ class Run:
         self.ledger: list[dict[str, Any]] = []
         self.used: list[str] = []
         self._nested: list[dict[str, float]] = []
+        # An edit of the trainer, the readers or a library's new version makes stored results stale.
+        self._code = [digest_sources(*(PACKAGE / p for p in ("core", "data", "numerics", "train"))), libraries()]
         self._lock: Any = None
 
     @classmethod
@@ -79,6 +82,9 @@ class Run:
         known = self.path / "study.json"
         if known.exists():
             self._compare(known, study, replace)
+            if json.loads(known.read_text(encoding="utf-8"))["study"] != json.loads(json.dumps(study)):
+                for old in ("result.json", "report.html"):
+                    (self.path / old).unlink(missing_ok=True)
         else:
             others = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
             if others:
@@ -164,7 +170,7 @@ class Run:
 
     def place(self, name: str, key: Any) -> tuple[Path, Path, str]:
         """Where a step's result stands when done, where it is made, and the full hash of its key."""
-        full = digest(name, key)
+        full = digest(name, key, self._code)
         final = self.path / "steps" / f"{name}-{full[:16]}"
         return final, final.with_name(final.name + ".part"), full
 
@@ -204,9 +210,12 @@ class Run:
                 fix=f"delete {step} and run again: it is computed anew",
             ) from error  # fmt: skip
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Publish the result; the DONE marker comes last."""
+    def publish(self, result: dict[str, Any]) -> None:
+        """Write the result: all that a report needs."""
         write_json(self.path / "result.json", result)
+
+    def done(self) -> None:
+        """The marker that comes last, after the report."""
         (self.path / "DONE").write_text("")
 
     def clean(self) -> int:
@@ -220,45 +229,64 @@ class Run:
 
 
 class Meter:
-    """Wall, CPU and peak resident memory of this process and its children between enter and exit."""
+    """Wall and CPU seconds, and peak resident memory, of this process and all below it between enter and exit.
+
+    The tree is sampled every `period` seconds: workers are no children of this process that the system would account
+    for at its end, and what one spends after its last sample is missed.
+    """
 
     def __init__(self, period: float = 0.5) -> None:
         self.period, self.wall, self.cpu, self.peak = period, 0.0, 0.0, 0
+        self._seconds: dict[int, tuple[float, float]] = {}
 
     def __enter__(self) -> Meter:
         import threading
 
         self._stop = threading.Event()
-        self._start, self._cpu = time.perf_counter(), _cpu_seconds()
-        self.sample()
+        self._start = time.perf_counter()
+        self._sample(fresh=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
         while not self._stop.wait(self.period):
-            self.sample()
+            self._sample()
 
-    def sample(self) -> None:
-        self.peak = max(self.peak, tree_rss())
+    def _sample(self, fresh: bool = True) -> None:
+        """`fresh`: a process not seen before began after this meter, so all its seconds count."""
+        memory = 0
+        for process in _tree():
+            with suppress(psutil.Error):
+                memory += resident(process)
+                times = process.cpu_times()
+                spent = times.user + times.system
+                begun, _ = self._seconds.get(process.pid, (0.0 if fresh else spent, spent))
+                self._seconds[process.pid] = begun, spent
+        self.peak = max(self.peak, memory)
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.sample()
+        self._sample()
         self.wall = time.perf_counter() - self._start
-        self.cpu = _cpu_seconds() - self._cpu
+        self.cpu = sum(last - first for first, last in self._seconds.values())
+
+
+def _tree() -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        me = psutil.Process()
+        return [me, *me.children(recursive=True)]
+    return []
 
 
 def tree_rss() -> int:
     """Resident bytes of this process and all its children; a page that several share is split between them (PSS),
     where the system can tell (Linux); elsewhere it counts once for each."""
     total = 0
-    with suppress(psutil.Error):
-        me = psutil.Process()
-        for process in [me, *me.children(recursive=True)]:
-            with suppress(psutil.Error):
-                total += resident(process)
+    for process in _tree():
+        with suppress(psutil.Error):
+            total += resident(process)
     return total
 
 
@@ -268,12 +296,6 @@ def resident(process: psutil.Process) -> int:
         return int(process.memory_full_info().pss)
     except (AttributeError, psutil.AccessDenied):
         return process.memory_info().rss
-
-
-def _cpu_seconds() -> float:
-    """User and system seconds of this process and of the children that ended."""
-    t = os.times()
-    return t.user + t.system + t.children_user + t.children_system
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -290,13 +312,18 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
     return [] if old == new else [(prefix, old, new)]
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record of a run."""
-    packages = ("assay-data", "torch", "numpy", "pyarrow", "tokenizers", "scipy", "safetensors")
+def libraries() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
     versions: dict[str, str] = {}
-    for package in packages:
+    for package in ("assay-data", "torch", "numpy", "pyarrow", "tokenizers", "scipy", "scikit-learn", "safetensors"):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    return versions
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record of a run."""
+    versions = libraries()
     machine = {"python": platform.python_version(), "platform": platform.platform(), "processor": platform.machine()}
     memory = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
     return {**machine, "cores": os.cpu_count() or 1, "memory": memory, **versions}

@@ -24,8 +24,10 @@ class Target:
     judging: Pool
 
     @classmethod
-    def split(cls, pool: Pool, *, name: str = "target", seed: int = 0) -> Target:
-        """Halves by keyed hash of the group (or content): adding rows moves no other row's side by more than balance.
+    def split(cls, pool: Pool, *, name: str = "target", seed: int = 0, group: str = "group") -> Target:
+        """Halves of about equal size, groups (or contents) taken in the order of their keyed hashes.
+
+        `group` names the column of groups, if the pool has it; a row without one stands for itself.
 
         Raises `InputError` for fewer than two rows or groups.
         """
@@ -34,9 +36,9 @@ class Target:
                 "the target is empty", why="utility is measured against its loss", fix="give at least 2 examples"
             )
         keys = pool.contents
-        if "group" in pool.columns:
-            given = zip(pool.column("group"), pool.contents.tolist(), strict=True)
-            keys = encode_ids(content if group is None else str(group) for group, content in given)
+        if group in pool.columns:
+            given = zip(pool.column(group), pool.contents.tolist(), strict=True)
+            keys = encode_ids(content if value is None else str(value) for value, content in given)
         groups, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
         if len(groups) < 2:
             raise InputError(

@@ -41,7 +41,6 @@ class Task(ABC):
     """
 
     reduction: ClassVar[str] = "mean over the example's terms"
-    coupled: ClassVar[bool] = False
     measure_unit: ClassVar[str] = "nats per term"
     countable: ClassVar[bool] = False
     """Whether an example has tokens, so that budgets may be given in them."""

@@ -228,9 +228,12 @@ def _image(value: Any, name: str, path: str) -> tuple[bytes | None, str]:
     shown = preview(value)
     if "://" in value or is_hub(path):
         return None, f"image is a URL, not a file beside its table: {shown}"
+    if value.startswith(("/", "~")) or ".." in value.replace("\\", "/").split("/"):
+        # A table from elsewhere could otherwise carry any file of this machine into the published dataset.
+        return None, f"image path leaves the folder of its table: {shown}"
     try:
         fs, inner = filesystem(path)
-        place = value if value.startswith("/") else f"{inner.rpartition('/')[0]}/{value}"
+        place = f"{inner.rpartition('/')[0]}/{value}"
         if (fs.info(place)["size"] or 0) > IMAGE_BYTES:
             return None, f"image of {fs.info(place)['size']} bytes exceeds {IMAGE_BYTES}"
         return fs.cat_file(place), ""

@@ -17,6 +17,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from threadpoolctl import threadpool_limits
+
 from assay.core.errors import InputError
 
 T = TypeVar("T")
@@ -113,15 +115,17 @@ def _serial(fn: Callable[[Any, T], R], state: Any, items: Iterable[T]) -> Iterat
 
     threads = torch.get_num_threads()
     for item in items:
-        _one_thread()
         try:
-            result = fn(state, item)
+            with _one_thread():
+                result = fn(state, item)
         finally:
             torch.set_num_threads(threads)
         yield result
 
 
-def _one_thread() -> None:
+def _one_thread() -> threadpool_limits:
+    """One thread for torch and for numpy's linear algebra, which orders its sums by its threads."""
     import torch
 
     torch.set_num_threads(1)
+    return threadpool_limits(1)

@@ -42,10 +42,12 @@ class Curvature:
         decay: float = 0.0,
     ) -> None:
         self.params, self.batches, self.count, self.kind, self.decay = dict(params), batches, count, kind, decay
+        self.products = 0
         self.size = sum(p.numel() for p in params.values())
 
     def product(self, v: Tensor) -> Tensor:
-        """`[p] -> [p]`."""
+        """`[p] -> [p]`; `products` counts how often, for the ledger."""
+        self.products += 1
         total = torch.zeros_like(v)
         step = self._hessian if self.kind == "hessian" else self._ggn
         # Fused attention has no second derivative.
@@ -78,6 +80,11 @@ class Curvature:
         slope = torch.autograd.grad(losses.sum(), outputs, create_graph=True)[0]
         bent = torch.autograd.grad((slope * tangent.detach()).sum(), outputs, retain_graph=True)[0]
         return _flat_grad((outputs * bent.detach()).sum(), leaves)
+
+    def flops(self, forward: float) -> float:
+        """Operations of all products so far, for `forward` operations of one pass over the data: a product goes
+        forward, backward, and back through both."""
+        return 6.0 * self.products * forward
 
     def dense(self) -> Tensor:
         """The matrix itself, `[p, p]`, by p products; for models of a few thousand parameters, and for tests."""

@@ -37,13 +37,16 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * m))
 
 
-def crossed_interval(values: np.ndarray, *, level: float = 0.95) -> tuple[float, float, float]:
+def crossed_interval(
+    values: np.ndarray, *, level: float = 0.95, single: tuple[int, ...] = ()
+) -> tuple[float, float, float]:
     """Mean and confidence interval of an array whose axes are crossed random factors (draw, seed, target item).
 
     The variance of the mean is the sum over axes k with n_k > 1 of var(means along k) / n_k, where the means are taken
     over all other axes; interactions are then counted once for each of their axes, so the interval errs on the wide
     side. The quantile is Student's t at Satterthwaite's degrees of freedom, (sum V_k)^2 / sum(V_k^2 / (n_k - 1)).
-    Returns (mean, low, high); the bounds are infinite when no axis has two levels.
+    For an axis in `single`, what is compared with the mean is itself one more level of that factor, so its variance is
+    var(means) (1 + 1 / n_k). Returns (mean, low, high); the bounds are infinite when no axis has two levels.
 
     Source: Owen 2007 (the pigeonhole bootstrap) for the crossed variance; Satterthwaite 1946.
 
@@ -55,7 +58,8 @@ def crossed_interval(values: np.ndarray, *, level: float = 0.95) -> tuple[float,
     for axis, size in enumerate(values.shape):
         if size > 1:
             others = tuple(a for a in range(values.ndim) if a != axis)
-            parts.append((float(values.mean(axis=others).var(ddof=1)) / size, size - 1))
+            share = 1 / size + (1.0 if axis in single else 0.0)
+            parts.append((float(values.mean(axis=others).var(ddof=1)) * share, size - 1))
     mean = float(values.mean())
     total = sum(v for v, _ in parts)
     if not parts:

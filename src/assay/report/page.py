@@ -161,18 +161,20 @@ def verdict_sentences(result: dict) -> list[str]:
         best = better[0]
         sentences += [f"{best['name']} beats random by {_measured(best, result)}.", _cost(best)]
         for arm in better[1:4]:
-            sentences.append(f"{arm['name']} also beats random, by {_interval_text(arm)}.")
+            sentences.append(f"{arm['name']} also beats random, by {_interval_text(arm, result)}.")
         if better[4:]:
             sentences.append(f"So {'do' if better[5:] else 'does'} {_listing(better[4:])}.")
     elif arms:
-        sentences.append(f"No gain: no arm beat random on {result['target']['name']}{_over_seeds(result)}.")
+        sentences.append(
+            f"No gain: no arm was shown to beat random on {result['target']['name']}{_over_seeds(result)}."
+        )
     else:
         sentences.append("Nothing to compare: only random arms were trained.")
     if unresolved:
         verb, whose = ("are", "their intervals include") if unresolved[1:] else ("is", "its interval includes")
         sentences.append(f"{_listing(unresolved)} {verb} unresolved: {whose} zero.")
     if worse[:3]:
-        each = [f"{arm['name']} by {_interval_text(arm, -1)}" for arm in worse[:3]]
+        each = [f"{arm['name']} by {_interval_text(arm, result, -1)}" for arm in worse[:3]]
         sentences.append(f"Worse than random: {_join(each)}{f', and {len(worse) - 3} more' if worse[3:] else ''}.")
     return sentences + _cautions(result, better)
 
@@ -187,8 +189,8 @@ def _cautions(result: dict, better: Sequence[dict]) -> list[str]:
         if overlap.get("hits") and figures.finite(overlap.get("enrichment")) and overlap["enrichment"] >= 1.5:
             times = figures.number(overlap["enrichment"], 2)
             sentences.append(
-                f"Caution: {arm['name']} picked rows that overlap the target {times} times as often as they occur in "
-                "the pool; part of its gain may be memory."
+                f"Left alone, {arm['name']} would have picked rows that overlap the target {times} times as often as "
+                "they occur in the pool; they were barred from every selection."
             )
     failed = [item["name"] for item in result.get("checks") or [] if item.get("ok") is False]
     if failed:
@@ -202,7 +204,7 @@ def _gain(arm: dict) -> float:
 
 
 def _measured(arm: dict, result: dict) -> str:
-    return _interval_text(arm, 1, f" {result['target']['measure']}") + _over_seeds(result)
+    return _interval_text(arm, result, 1, f" {result['target']['measure']}") + _over_seeds(result)
 
 
 def _over_seeds(result: dict) -> str:
@@ -210,7 +212,18 @@ def _over_seeds(result: dict) -> str:
     return f" over {count} paired seeds" if count > 1 else " with a single seed" if count else ""
 
 
-def _interval_text(arm: dict, sign: int = 1, unit: str = "") -> str:
+def level_of(result: dict) -> str:
+    """The level of the intervals, as people write it.
+
+    >>> level_of({"study": {"verify": {"level": 0.9}}})
+    '90%'
+    """
+    verify = (result.get("study") or {}).get("verify")
+    level = verify.get("level") if isinstance(verify, dict) else None
+    return f"{100 * level:g}%" if isinstance(level, float) and 0 < level < 1 else "95%"
+
+
+def _interval_text(arm: dict, result: dict, sign: int = 1, unit: str = "") -> str:
     gain, ci = arm.get("gain_over_random"), arm.get("ci") or ()
     if not figures.finite(gain):
         return "an unknown amount"
@@ -218,7 +231,7 @@ def _interval_text(arm: dict, sign: int = 1, unit: str = "") -> str:
         return f"{figures.fixed(sign * gain, figures.decimals([gain]))}{unit}"
     places = figures.decimals([gain, *ci])
     middle, lo, hi = (figures.fixed(value, places) for value in (sign * gain, *sorted(sign * end for end in ci)))
-    return f"{middle}{unit} (95% CI {lo} to {hi})"
+    return f"{middle}{unit} ({level_of(result)} CI {lo} to {hi})"
 
 
 def _cost(arm: dict) -> str:
@@ -355,6 +368,7 @@ def _view(result: dict, limits: Limits) -> dict[str, Any]:
     return {
         "r": result,
         "limits": limits,
+        "level": level_of(result),
         "arms": arms,
         "sentences": sentences,
         "outcome": "gain" if "better" in verdicts else "none" if verdicts - {"baseline"} else "empty",

@@ -47,12 +47,15 @@ class Influence(Scorer):
         slope = torch.stack(slopes).sum(dim=0) / len(context.target)
         operator = curvature(context.task, wide, lambda: inputs(context.pool), len(context.pool), kind=self.curvature)
         operator.decay = self.weight_decay
+        forward = context.task.forward_flops(context.encoded(context.pool).sizes)
         if self.solver == "exact":
             matrix = operator.dense()
+            context.spent(operator.flops(forward) + operator.size**3 / 3)
             damping = relative_damping(self.damping, float(matrix.trace()), operator.size)
             return exact(matrix, slope, damping=damping).x / len(context.pool)
         damping = relative_damping(self.damping, _trace(operator), operator.size)
         solution = cg(operator.product, slope, damping=damping, tolerance=self.tolerance, limit=self.limit)
+        context.spent(operator.flops(forward))
         if solution.residual > 100 * self.tolerance:
             context.warn(
                 f"influence: CG stopped at residual {solution.residual:.1e} after {solution.iterations} products"

@@ -44,6 +44,8 @@ class SelfInfluence(Scorer):
                 kind=self.curvature,
             )
             matrix = operator.dense()
+            forward = context.task.forward_flops(context.encoded(context.pool).sizes)
+            context.spent(operator.flops(forward) + 2 * operator.size**3 + 2 * count * operator.size**2)
             damping = relative_damping(self.damping, float(matrix.trace()), operator.size)
             eye = torch.eye(operator.size, dtype=matrix.dtype)
             inverses.append((wide, exact(matrix, eye, damping=damping).x / count))
