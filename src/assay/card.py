@@ -84,7 +84,8 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
     lines += [
         "## Contamination", "",
         f"{hits['hits']} pool rows share a run of {hits['ngram']} words (or a whole shorter item) with the target;"
-        f" they were removed before selection. Left alone, this method would have taken {arm['contamination']['hits']}.", "",
+        " they were removed before selection."
+        f" Left alone, this method would have taken {arm['contamination']['hits']}.", "",
         "## Licence", "", "The rows keep the licences of the pool they came from; nothing here grants more.", "",
     ]  # fmt: skip
     return "\n".join(lines)

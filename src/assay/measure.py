@@ -183,8 +183,8 @@ class Measurer:
             key = task.describe(), pool.fingerprint
             step = self.run.step("encode", key, lambda part, _: task.prepare(pool, part), label="tokenise")
             self.encodings[pool.fingerprint] = step
-        if self._stack:
-            self._stack[-1].uses.append(self.encodings[pool.fingerprint].name)
+            if self._stack:
+                self._stack[-1].uses.append(step.name)
         return task.encoded(self.encodings[pool.fingerprint])
 
     def batches(self, pool: Pool) -> Iterator[Rows]:
