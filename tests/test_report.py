@@ -384,7 +384,7 @@ def test_verdict_better():
 
 def test_verdict_no_gain():
     sentences = page.verdict_sentences(with_arms("bm25", "perplexity", "random-1"))
-    assert sentences[0] == "No gain: no arm beat random on sums-dev over 4 paired seeds."
+    assert sentences[0] == "No gain: no arm was shown to beat random on sums-dev over 4 paired seeds."
     assert "bm25 is unresolved: its interval includes zero." in sentences
     assert not any("cost" in sentence for sentence in sentences)
     assert "No gain shown" in page.render(with_arms("bm25", "perplexity", "random-1"))
