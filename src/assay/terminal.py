@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from assay.core.progress import Progress
 
+MARKS = {"better": "▲", "worse": "▼", "unresolved": "·"}
 STYLES = {"better": "bold green", "worse": "red", "unresolved": "yellow", "baseline": "dim"}
 
 
@@ -137,9 +139,9 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     whole = any("over_everything" in arm for arm in result["arms"])
     title = f"{result['name']}: judged on {result['target']['judged']} held-out items"
-    table = Table(title=Text(title), title_justify="left")
-    names = ["arm", "judged loss", "over random", f"{result['study']['verify']['level']:.0%} CI", "verdict", "cost"]
-    for name in names + (["over everything"] if whole else []):
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    names = ["arm", "loss", "gain", f"{result['study']['verify']['level']:.0%} CI", "verdict", "cost"]
+    for name in names + (["over all"] if whole else []):
         table.add_column(name, justify="left" if name in ("arm", "verdict") else "right", no_wrap=True)
     for arm in result["arms"]:
         gain, ci = arm["gain_over_random"], arm["ci"]
@@ -150,10 +152,10 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
         ]  # fmt: skip
         over = arm.get("over_everything")
         if whole:
-            row.append("" if over is None else f"{over['gain']:+.3f} {over['verdict']}")
+            row.append("" if over is None else f"{over['gain']:+.3f} {MARKS[over['verdict']]}")
         table.add_row(*row)
     console.print(table)
-    console.print(Text("gains in the unit of the loss, positive = better; cost = selecting / one training run", "dim"))
+    console.print(Text("loss: judged; gain: over random, positive = better; cost: in training runs", "dim"))
     for arm in result["arms"]:
         aucs = {k: v["auc"] for k, v in arm["planted"].items() if v.get("auc") is not None and k == "flipped"}
         for kind, value in aucs.items():

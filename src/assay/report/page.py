@@ -184,18 +184,24 @@ def _cautions(result: dict, better: Sequence[dict]) -> list[str]:
     null = (result.get("nulls") or {}).get("random_vs_random") or {}
     if null.get("verdict") in ("better", "worse"):
         sentences.append("Caution: random against random came out as different too, so small gains may be noise.")
-    for arm in better:
-        overlap = arm.get("contamination") or {}
-        if overlap.get("hits") and figures.finite(overlap.get("enrichment")) and overlap["enrichment"] >= 1.5:
-            times = figures.number(overlap["enrichment"], 2)
-            sentences.append(
-                f"Left alone, {arm['name']} would have picked rows that overlap the target {times} times as often as "
-                "they occur in the pool; they were barred from every selection."
-            )
+    drawn = [arm for arm in better if _overlap(arm) >= 1.5]
+    if drawn:
+        most = figures.number(max(map(_overlap, drawn)), 2)
+        sentences.append(
+            f"Left alone, {_listing(drawn)} would have picked rows that overlap the target (up to {most} times as often "
+            "as they occur in the pool); they were barred from every selection."
+        )
     failed = [item["name"] for item in result.get("checks") or [] if item.get("ok") is False]
     if failed:
         sentences.append(f"{len(failed)} check{'s' if failed[1:] else ''} failed: {_join(failed[:3])}.")
     return sentences
+
+
+def _overlap(arm: dict) -> float:
+    """How many times its share of the pool an arm would have taken of rows that overlap the target."""
+    found = arm.get("contamination") or {}
+    times = found.get("enrichment")
+    return times if found.get("hits") and figures.finite(times) else 0.0
 
 
 def _gain(arm: dict) -> float:
