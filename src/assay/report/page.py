@@ -188,8 +188,8 @@ def _cautions(result: dict, better: Sequence[dict]) -> list[str]:
     if drawn:
         most = figures.number(max(map(_overlap, drawn)), 2)
         sentences.append(
-            f"Left alone, {_listing(drawn)} would have picked rows that overlap the target (up to {most} times as often "
-            "as they occur in the pool); they were barred from every selection."
+            f"Left alone, {_listing(drawn)} would have picked rows that overlap the target (up to {most} times as "
+            "often as they occur in the pool); they were barred from every selection."
         )
     failed = [item["name"] for item in result.get("checks") or [] if item.get("ok") is False]
     if failed:
