@@ -170,6 +170,9 @@ class Study(_Spec):
     def spec(self) -> dict[str, Any]:
         """Plain JSON, with the options of every method written out."""
         plain = self.model_dump(mode="json", exclude={"methods", "arms"}) | {"methods": []}
+        for part in ("train", "proxy"):
+            for decided in ("steps", "seed"):
+                del plain[part]["recipe"][decided]
         plain["arms"] = [
             {"name": a.name, "method": make(Scorer, a.method).spec(), "select": make(Selector, a.select).spec()}
             for a in self.contestants()
@@ -201,6 +204,7 @@ def parse(data: Mapping[str, Any], *, where: str = "study") -> Study:
         raise _explain(error, where) from error
     _check_sources(study, where)
     _check_task(study, where)
+    _check_recipes(study, where)
     _check_budget(study, where)
     for arm in study.contestants():
         try:
@@ -214,6 +218,14 @@ def parse(data: Mapping[str, Any], *, where: str = "study") -> Study:
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key} cannot be {value}", where=where, why="it must be finite", fix="give a number")
     return study
+
+
+def _check_recipes(study: Study, where: str) -> None:
+    """Keys that something else decides are refused, not silently overruled."""
+    for part, recipe in (("train", study.train.recipe), ("proxy", study.proxy.recipe)):
+        for key, instead in (("steps", f"{part}.steps"), ("seed", "seed")):
+            if key in recipe.model_fields_set:
+                raise InputError(f"{part}.recipe.{key} does nothing here", where=where, fix=f"set {instead}")
 
 
 def _check_sources(study: Study, where: str) -> None:
