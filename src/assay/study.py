@@ -169,7 +169,7 @@ class Study(_Spec):
 
     def spec(self) -> dict[str, Any]:
         """Plain JSON, with the options of every method written out."""
-        plain = self.model_dump(mode="json", exclude={"methods", "arms"}) | {"methods": []}
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"methods", "arms"}) | {"methods": []}
         for part in ("train", "proxy"):
             for decided in ("steps", "seed"):
                 del plain[part]["recipe"][decided]
