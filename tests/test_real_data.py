@@ -1,0 +1,61 @@
+"""On real documents with known defects, where they are at hand: beside the checkout, or in $ASSAY_DATA."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+import pytest
+
+from assay.core.pool import Pool
+from assay.data.ingest import ingest
+from assay.data.readers import Source
+from assay.scorers.exact_dup import ExactDup
+
+DATA = Path(os.environ.get("ASSAY_DATA", Path(__file__).parents[2] / "shared" / "data")) / "domains"
+pytestmark = pytest.mark.skipif(
+    not (DATA / "defects.parquet").exists(),
+    reason=f"no real documents at {DATA}: set ASSAY_DATA to a folder that has them",
+)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> tuple[Pool, set[str]]:
+    """A thousand exact copies, their originals and a thousand near duplicates, read through the readers."""
+    columns = ["id", "text", "domain", "defect", "of"]
+    defects = pq.read_table(DATA / "defects.parquet", columns=columns)
+    kind = lambda name: defects.filter(pa.compute.equal(defects["defect"], name)).slice(0, 1000)  # type: ignore[attr-defined]  # noqa: E731
+    copies, near = kind("exact_dup"), kind("near_dup")
+    originals = pq.read_table(DATA / "domains.parquet", columns=["id", "text", "domain"])
+    wanted = pa.array(sorted(set(copies["of"].to_pylist()) | set(near["of"].to_pylist())))
+    originals = originals.filter(pa.compute.is_in(originals["id"], wanted))  # type: ignore[attr-defined]
+    keep = ["id", "text", "domain"]
+    path = tmp_path_factory.mktemp("real")
+    pq.write_table(pa.concat_tables([originals, copies.select(keep), near.select(keep)]), path / "mixed.parquet")
+    pool = ingest(Source(paths=str(path / "mixed.parquet"), id="id"), path / "pool")
+    return pool, set(copies["of"].to_pylist())
+
+
+def test_reader_keeps_every_real_row(mixed):
+    pool, _ = mixed
+    assert len(pool) > 3000 and len(set(pool.ids.tolist())) == len(pool)
+    assert min(map(len, pool.column("text"))) >= 100 and len(set(pool.domains().tolist())) >= 10
+
+
+def test_exact_duplicates_of_real_documents_are_found_and_nothing_else(mixed):
+    pool, _ = mixed
+    scorer = ExactDup()
+    state = scorer.init(SimpleNamespace(pool=pool))  # type: ignore[arg-type]
+    scores = scorer.score(state, SimpleNamespace(ids=pool.ids))  # type: ignore[arg-type]
+    classes: dict[str, list[bytes]] = {}
+    for identity, text in zip(pool.ids.tolist(), pool.column("text"), strict=True):
+        classes.setdefault(" ".join(text.lower().split()), []).append(identity)
+    expected = {i for ids in classes.values() for i in sorted(ids)[1:]}
+    assert {i for i, s in zip(pool.ids.tolist(), scores, strict=True) if s < 0} == expected
+    assert len(expected) >= 1000, "each of the thousand planted copies has its original in the pool"
+    assert np.all(scores <= 0)
