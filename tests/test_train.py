@@ -22,12 +22,9 @@ from assay.train.models import Classifier, LanguageModel, init_params, train_tok
 from assay.train.recipe import Recipe
 from helpers import classifier, language, text_pool, vector_pool, wide
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def everything(pool: Pool) -> tuple[np.ndarray, Selection]:

@@ -305,7 +305,7 @@ def _train_proxy(shared: _Proxy, item: tuple[Any, Path]) -> dict[str, float]:
 
 def _proxies(job: Job, task: Task, recipe: Any, rows: np.ndarray) -> list[Path]:
     encoded, everything = job.encodings[job.pool.fingerprint], Selection.everything(job.pool.ids[rows])
-    done, todo = [], []
+    done, missing = [], []
     for k in range(job.study.proxy.models):
         own = recipe.with_seed(100_000 + 1000 * job.study.seed + k)
         key = {
@@ -316,13 +316,13 @@ def _proxies(job: Job, task: Task, recipe: Any, rows: np.ndarray) -> list[Path]:
         done.append(final)
         if not (final / "step.json").exists():
             part.mkdir(parents=True, exist_ok=True)
-            todo.append((own, part, final, {"name": "proxy", "key": key, "hash": full}))
+            missing.append((own, part, final, {"name": "proxy", "key": key, "hash": full}))
     job.progress.begin("proxy", len(done), "train scoring model")
-    job.progress.advance(len(done) - len(todo))
-    items = [(own, part) for own, part, _, _ in todo]
+    job.progress.advance(len(done) - len(missing))
+    items = [(own, part) for own, part, _, _ in missing]
     costs = local.map(_train_proxy, _Proxy(task, encoded, rows, everything), items, workers=job.workers)
-    for (own, part, final, about), cost in zip(todo, costs, strict=True):
-        flops = 3 * task.forward_flops(job.sizes[rows]) / job.sizes[rows].sum() * own.steps * own.terms_per_step
+    for (own, part, final, about), cost in zip(missing, costs, strict=True):
+        flops = task.training_flops(job.sizes[rows], own.steps * own.terms_per_step)
         job.run.commit(final, part, about, {"stage": "train scoring model", "flops": flops, **cost})
         job.progress.advance()
     job.progress.end()

@@ -22,7 +22,7 @@ EXAMPLES, SCATTER, BINS, TEXT = 12, 1200, 30, 1500
 
 
 def summarise(job: Job) -> dict[str, Any]:
-    """The body of `result.json`; see the report's schema in docs/result.md."""
+    """The body of `result.json`; its schema is checked by the report, in `report/page.py`."""
     assert job.task is not None
     clean = _clean_items(job)
     losses = {arm: np.stack([seed["loss"][clean] for seed in seeds]) for arm, seeds in job.judged.items()}
@@ -47,7 +47,7 @@ def summarise(job: Job) -> dict[str, Any]:
         "scores": {name: _distribution(job, values, domains, loss) for name, values in ranked.items()},
         "agreement": _agreement(ranked),
         "contamination": _contamination(job),
-        "checks": _checks(job, verdicts),
+        "checks": _checks(job),
         "files": {a["name"]: f"dataset/{a['name']}" for a in arms if a["verdict"] != "baseline"},
     }  # fmt: skip
 
@@ -59,8 +59,8 @@ def _finite(x: float) -> float | None:
 def _clean_items(job: Job) -> np.ndarray:
     """Judging items that no example of the pool repeats word for word: only these are judged.
 
-    Pool examples that contain a target item were barred from every selection already; an item whose copy the *scoring
-    model* saw is left out as well, so that no arm is judged on what its measurement was trained on.
+    Pool examples that contain a target item were kept from the scoring models and barred from every selection already;
+    an item that has a copy is left out of the judgement as well.
     """
     return ~np.isin(job.target.judging.contents, job.pool.contents)
 
@@ -112,13 +112,7 @@ def _arm(job: Job, name: str, found: dict[str, Any], domains: np.ndarray, clean:
     assert job.task is not None
     selection, method = job.selections[name], job.methods.get(name)
     rows = positions(job.pool.ids, selection.ids)
-    training = (
-        3
-        * job.task.forward_flops(job.sizes[rows])
-        / job.sizes[rows].sum()
-        * job.recipe.steps
-        * job.recipe.terms_per_step
-    )
+    training = job.task.training_flops(job.sizes[rows], job.recipe.steps * job.recipe.terms_per_step)
     flops, seconds = (0.0, 0.0) if method is None else _cost(job, method)
     baseline = name.startswith("random-") or name == "everything"
     metrics: dict[str, float] = {}
@@ -262,7 +256,7 @@ def _contamination(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _checks(job: Job, verdicts: dict[str, Any]) -> list[dict[str, Any]]:
+def _checks(job: Job) -> list[dict[str, Any]]:
     """Invariants of every run, said aloud."""
     checks = []
     for name in job.methods:

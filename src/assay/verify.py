@@ -74,53 +74,42 @@ def paired_training(
 
     Pairing: at one seed all arms start from the same weights, and the order of two arms' common examples has one key.
     """
-    from assay.train import loop, models, optim
-
     progress = progress or Progress()
     bench = Bench(task, encodings[pool.fingerprint], encodings[judging.fingerprint])
-    code = [Path(m.__file__ or "").name + ":" + _source(m) for m in (loop, models, optim)]
     folders: dict[tuple[str, int], Path] = {}
-    todo: list[tuple[Job, Path, dict[str, Any]]] = []
+    missing: list[tuple[Job, Path, dict[str, Any]]] = []
     for seed in range(seeds):
         for arm, selection in selections.items():
             own = recipe.with_seed(recipe.seed * 1000 + seed)
             key = {
                 "task": task.describe(), "pool": pool.fingerprint, "judging": judging.fingerprint, "recipe": own.spec(),
-                "selection": selection.fingerprint, "code": code,
+                "selection": selection.fingerprint,
             }  # fmt: skip
             final, part, full = run.place("train", key)
             folders[arm, seed] = final
-            if not (final / "step.json").exists() and part not in {j.folder for j, _, _ in todo}:
+            if not (final / "step.json").exists() and part not in {j.folder for j, _, _ in missing}:
                 part.mkdir(parents=True, exist_ok=True)
                 rows = positions(pool.ids, selection.ids)
-                todo.append(
+                missing.append(
                     (Job(arm, seed, own, rows, selection, part), final, {"name": "train", "key": key, "hash": full})
                 )
-    _work_off(run, bench, todo, len(folders), workers, progress)
+    _work_off(run, bench, missing, len(folders), workers, progress)
     names = sorted({folder.name for folder in folders.values()})
     run.absorb("train arms", names, workers)
     return {arm: [judged(folders[arm, seed]) for seed in range(seeds)] for arm in selections}
 
 
-def _work_off(run: Run, bench: Bench, todo: list[Any], total: int, workers: int, progress: Progress) -> None:
+def _work_off(run: Run, bench: Bench, missing: list[Any], total: int, workers: int, progress: Progress) -> None:
     progress.begin("train arms", total)
-    progress.advance(total - len(todo))
-    jobs = [job for job, _, _ in todo]
-    for (job, final, about), cost in zip(todo, local.map(train_one, bench, jobs, workers=workers), strict=True):
-        terms = np.full(job.recipe.steps, job.recipe.terms_per_step)
+    progress.advance(total - len(missing))
+    jobs = [job for job, _, _ in missing]
+    for (job, final, about), cost in zip(missing, local.map(train_one, bench, jobs, workers=workers), strict=True):
         sizes = bench.task.encoded(bench.pool).sizes[job.rows]
-        # Every step holds about `terms_per_step` terms of examples of this selection's mean length.
-        flops = 3 * bench.task.forward_flops(sizes) / sizes.sum() * terms.sum()  # type: ignore[attr-defined]
+        flops = bench.task.training_flops(sizes, job.recipe.steps * job.recipe.terms_per_step)
         stage = {"stage": f"train {job.arm} seed {job.seed}", **cost, "flops": flops, "peak_rss": tree_rss()}
         run.commit(final, job.folder, about, stage)
         progress.advance()
     progress.end()
-
-
-def _source(module: Any) -> str:
-    from assay.core.keys import digest_file
-
-    return digest_file(Path(module.__file__))
 
 
 def compare(arm: np.ndarray, baseline: np.ndarray, *, level: float = 0.95, draw: bool = False) -> dict[str, Any]:

@@ -19,12 +19,9 @@ from assay.numerics.persample import covered, flatten, gradients, layout
 from assay.numerics.project import Factored, rademacher
 from helpers import classifier, language, looped, text_pool, vector_pool, wide
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXACT = Factored(0, 0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 class Mixed(nn.Module):

@@ -27,6 +27,8 @@ from assay.numerics.project import rademacher
 from assay.train.models import Classifier, init_params
 from helpers import looped, prepared, vector_pool
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, INPUTS, DECAY = 30, 5, 0.05
 
 
@@ -101,14 +103,6 @@ def world(folder: Path, classes: int) -> World:
     return World(
         task, pool, target, prepared(task, pool, folder / "pool"), prepared(task, target, folder / "target"), folder
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,10 @@ from assay.numerics.solve import cg, exact, relative_damping
 from assay.train.models import Classifier
 from helpers import classifier, language, text_pool, vector_pool, wide
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, P, DECAY = 40, 6, 0.7
 D = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def ridge(rows: np.ndarray | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

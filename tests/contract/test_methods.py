@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import assay.scorers
 from assay.core.errors import InputError
@@ -31,6 +30,8 @@ from assay.train.loop import train
 from assay.train.models import Classifier, LanguageModel, train_tokenizer
 from assay.train.recipe import Recipe
 from helpers import prepared
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Methods that cannot run on the language model, and why; all others are tested on text.
 VECTORS = {
@@ -81,14 +82,6 @@ def opened(out: Path) -> Run:
 def trained(task: Task, pool: Pool, folder: Path, recipe: Recipe) -> dict[str, Any]:
     encoded = prepared(task, pool, folder)
     return train(task, encoded, np.arange(len(pool)), Selection.everything(pool.ids), recipe).params
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,10 @@ class Task(ABC):
     countable: ClassVar[bool] = False
     """Whether an example has tokens, so that budgets may be given in them."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A module that was built already stays behind: workers build their own.
+        return {name: value for name, value in self.__dict__.items() if name != "module"}
+
     @property
     @abstractmethod
     def module(self) -> nn.Module:
@@ -78,6 +82,11 @@ class Task(ABC):
     @abstractmethod
     def forward_flops(self, terms: np.ndarray) -> float:
         """Floating-point operations of one forward pass over examples with these numbers of terms, in closed form."""
+
+    def training_flops(self, sizes: np.ndarray, terms: float) -> float:
+        """Operations of training on `terms` loss terms of examples with these sizes: three forward passes' worth, at
+        the mean price of a term."""
+        return 3 * self.forward_flops(sizes) / float(np.sum(sizes)) * terms
 
     def metrics(self, params: Params, batch: Inputs) -> dict[str, Tensor]:
         """Further per-example numbers to report, such as accuracy."""

@@ -57,8 +57,7 @@ class LossDiff(Scorer):
             steps=self.steps, lr=self.lr, terms_per_step=self.terms_per_step, weight_decay=0.0, warmup=0.1, seed=seed
         )
         encoded = context.encoded(target)
-        terms = recipe.steps * recipe.terms_per_step
-        context.spent(3 * context.task.forward_flops(encoded.sizes) / encoded.sizes.sum() * terms)
+        context.spent(context.task.training_flops(encoded.sizes, recipe.steps * recipe.terms_per_step))
         rows = np.arange(len(encoded))
         return train(context.task, encoded, rows, Selection.everything(target.ids), recipe, start=params).params
 

@@ -137,13 +137,6 @@ class LanguageModel(Task):
     def module(self) -> nn.Module:
         return Decoder(self.vocab, self.width, self.layers, self.heads, self.context)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, value)
-
     def describe(self) -> dict[str, Any]:
         fields = {k: v for k, v in asdict(self).items() if k != "tokenizer"}
         return {"task": "text", **fields, "tokenizer": xxhash.xxh3_128_hexdigest(self.tokenizer.encode())}
@@ -233,13 +226,6 @@ class Classifier(Task):
     @cached_property
     def module(self) -> nn.Module:
         return Perceptron(self.inputs, self.hidden, self.classes)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, value)
 
     def describe(self) -> dict[str, Any]:
         return {"task": "classifier", **asdict(self), "hidden": list(self.hidden)}
