@@ -1,0 +1,89 @@
+"""The readout of a language model and its cross-entropy in one: logits are made in chunks and never held.
+
+Legend: n rows (tokens), d width, v vocabulary, r what a sketch keeps of the output side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Keep = Callable[[Tensor], Tensor]
+
+# Rows of logits at a time. They are written and read several times over, so a chunk should stay in the caches.
+CHUNK = 512
+
+
+class Readout(nn.Linear):
+    """`forward(hidden)` gives logits `[..., v]`; `forward(hidden, targets)` gives the cross-entropy of each, `[...]`.
+
+    While only gradients to the hidden states are asked for (the weights require none), the second form is computed in
+    chunks: loss, its gradient softmax(z) - onehot, and what is wanted of that gradient, in one visit to each logit.
+    `keep` is applied to the gradient at the logits of one row, as if that row's loss had weight 1, and handed back.
+    """
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear) -> Readout:
+        """The same layer with the same parameters (shared ones stay shared)."""
+        made = cls(1, 1, bias=linear.bias is not None, device="meta")
+        made.in_features, made.out_features = linear.in_features, linear.out_features
+        made.weight, made.bias = linear.weight, linear.bias
+        return made
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, keep: Keep | None = None) -> Any:  # type: ignore[override]
+        if targets is None:
+            return F.linear(hidden, self.weight, self.bias)
+        rows, wanted = hidden.flatten(0, -2), targets.flatten()
+        if torch.is_grad_enabled() and (self.weight.requires_grad or _transformed(hidden)):
+            z = F.linear(rows, self.weight, self.bias)
+            losses = F.cross_entropy(z.float() if z.dtype != torch.float64 else z, wanted, reduction="none")
+            assert keep is None, "what is kept of the output gradient is for weights that are held fixed"
+            return losses.view(targets.shape)
+        losses, kept = _Fused.apply(rows, self.weight, self.bias, wanted, keep)  # type: ignore[misc]
+        if keep is None:
+            return losses.view(targets.shape)
+        return losses.view(targets.shape), kept.view(*targets.shape, -1)
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether a function transform (vmap, jvp) is at work on x: those need ordinary operations."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+class _Fused(torch.autograd.Function):
+    """Cross-entropy of each row, `[n]`; its gradient to the hidden row is computed on the way and scaled later."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, keep: Keep | None
+    ) -> tuple[Tensor, Tensor]:
+        backward = ctx.needs_input_grad[0] or keep is not None
+        exact = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+        losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        kept = []
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            z = F.linear(hidden[rows], weight, bias).to(exact)
+            own, total = z.gather(1, targets[rows, None]), z.logsumexp(dim=1, keepdim=True)
+            losses[rows] = (total - own)[:, 0]
+            if not backward:
+                continue
+            z = z.sub_(total).exp_().scatter_add_(1, targets[rows, None], z.new_full((len(z), 1), -1.0))
+            if slopes is not None:
+                slopes[rows] = z.to(weight.dtype) @ weight
+            if keep is not None:
+                kept.append(keep(z))
+        ctx.save_for_backward(slopes)
+        extra = torch.cat(kept) if kept else losses.new_zeros(0)
+        ctx.mark_non_differentiable(extra)
+        return losses, extra
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * grads[0][:, None].to(slopes.dtype), None, None, None, None
