@@ -84,8 +84,7 @@ def decoder(folder: Path, quick: bool) -> list[Row]:
     def features(rank: int) -> Turn:
         def turn() -> float:
             rows = blocks[rng.integers(len(blocks))]
-            inputs = encoded.inputs(rows)
-            flatten(gradients(task.module, lambda: task.loss(params, inputs), Factored(rank, 0))[0])
+            flatten(gradients(task.module, task.loss, params, encoded.inputs(rows), Factored(rank, 0))[0])
             return float(encoded.sizes[rows].sum())
 
         return turn

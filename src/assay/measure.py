@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -198,8 +198,16 @@ class Measurer:
             self._stack[-1].ledger.spent(flops)
 
     def warn(self, message: str) -> None:
-        self.warnings.append(message)
-        self.progress.warn(message)
+        if self._stack:  # kept with the Table, so that a run that finds it made warns as well
+            held = self._stack[-1].notes.setdefault("warnings", [])
+            held += [message] if message not in held else []
+        if message not in self.warnings:
+            self.warnings.append(message)
+            self.progress.warn(message)
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        if self._stack:
+            self._stack[-1].notes.update(facts)
 
     # The driver.
 
@@ -213,6 +221,8 @@ class Measurer:
                 lambda part, ledger: self._build(method, pool, part, ledger), label=self._label(method, pool),
             )  # fmt: skip
             self._paths[held] = path
+            for message in Table.open(path).meta.get("warnings", []):
+                self.warn(message)
             for name in closure(path):
                 self.run.touch(name)
         if self._stack:
@@ -269,7 +279,7 @@ class Measurer:
         for index, values in zip(missing, local.map(compute, work, missing, workers=workers), strict=True):
             writer.write(index, values)
             self.progress.advance()
-        writer.finish(self._meta(work))
+        writer.finish(self._meta(work) | self._stack[-1].notes)
         self.progress.end()
 
     def _meta(self, work: Work) -> dict[str, Any]:
@@ -292,6 +302,7 @@ class _Frame:
     method: Method
     ledger: Ledger
     uses: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def uses(path: Path) -> list[str]:

@@ -84,6 +84,10 @@ class Context(Protocol):
         """Tell the user; the message also goes into the report."""
         ...
 
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Enter facts about how the numbers were made in the Table's meta."""
+        ...
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class Method:

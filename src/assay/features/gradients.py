@@ -11,14 +11,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from assay.core.task import Task
-    from assay.numerics.project import Factored
+    from assay.numerics.project import Sketch
+
+# Examples on which the engine is compared with plain backward passes, before anything is computed with it.
+PROBE = 6
 
 
 @dataclass(frozen=True)
 class _State:
     task: Task
     params: dict[str, Tensor]
-    sketch: Factored
+    sketch: Sketch
+    only: frozenset[str]
+    fallback: frozenset[str]
 
 
 class Gradients(Featurizer):
@@ -26,30 +31,72 @@ class Gradients(Featurizer):
 
     Formula: phi_i = concat over layers of P_o (d loss_i / d W) P_i^T, entries of P +-1/sqrt(rank) by counter hash
     Reference: Choe et al. 2024, arXiv:2405.13954 (factored projection); METHODS: Park et al. 2023, arXiv:2303.14186
-    Note: rank 0 keeps exact gradients; measure = 'margin' is for classifiers, f = log p - log(1 - p)
+    Note: rank 0 keeps exact gradients; measure = 'margin' is for classifiers, f = log p - log(1 - p); layers =
+        'linear' leaves out embeddings, norms and convolutions, and is cheaper; 'bfloat16' runs the model in it and
+        sums in float32
     """
 
     rank: int = 16
     seed: int = 0
     model: int = 0
     measure: Literal["loss", "margin"] = "loss"
+    layers: Literal["all", "linear"] = "all"
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     cost: ClassVar[Cost] = "gradient"
 
     def init(self, context: Context) -> _State:
-        from assay.numerics.project import Factored
+        task, params = context.task, context.models[self.model]
+        state = _State(task, params, self.sketch(), self.names(task), frozenset())
+        return self._audited(state, context)
 
-        return _State(context.task, context.models[self.model], Factored(self.rank, self.seed))
+    def sketch(self) -> Sketch:
+        """The projection that the options name."""
+        from assay.numerics.project import sketch
+
+        return sketch("factored", self.rank, self.seed)
+
+    def names(self, task: Task) -> frozenset[str]:
+        """The parameters that are read."""
+        from assay.numerics.persample import linear, trainable
+
+        return frozenset(linear(task.module) if self.layers == "linear" else trainable(task.module))
+
+    def _audited(self, state: _State, context: Context) -> _State:
+        """The rules are compared with plain backward passes on a few examples; what does not add up goes without."""
+        from dataclasses import replace
+
+        from assay.numerics.persample import audit
+
+        batch = next(iter(context.batches(context.target)))
+        inputs = {k: v[:PROBE] for k, v in batch.inputs.items()}
+        found = audit(state.task.module, self._measure(state), state.params, inputs, state.sketch, only=set(state.only))
+        if found.fallback:
+            context.warn(
+                f"gradients: {len(found.fallback)} parameters have no rule and take the slow path "
+                f"({', '.join(found.fallback[:3])}{', ...' if len(found.fallback) > 3 else ''})"
+            )
+        context.note({"gradient_share": found.share, "gradient_error": found.error, "fallback": list(found.fallback)})
+        return replace(state, fallback=frozenset(found.fallback))
+
+    def _measure(self, state: _State) -> Any:
+        return state.task.loss if self.measure == "loss" else state.task.margin  # type: ignore[attr-defined]
 
     def columns(self, state: _State) -> tuple[str, ...]:
         from assay.numerics.persample import layout
 
-        return tuple(f"{name}:{i}" for name, width in layout(state.task.module, state.sketch) for i in range(width))
+        blocks = layout(state.task.module, state.sketch, set(state.only))
+        return tuple(f"{name}:{i}" for name, width in blocks for i in range(width))
 
     def featurize(self, state: _State, batch: Batch) -> Any:
+        import torch
+
         from assay.numerics.persample import flatten, gradients
 
-        measure = state.task.loss if self.measure == "loss" else state.task.margin  # type: ignore[attr-defined]
-        params = {n: p.detach() for n, p in state.params.items()}
-        found, _ = gradients(state.task.module, lambda: measure(params, batch.inputs), state.sketch)
+        device = next(iter(state.params.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            found, _ = gradients(
+                state.task.module, self._measure(state), state.params, batch.inputs, state.sketch,
+                only=set(state.only), fallback=set(state.fallback),
+            )  # fmt: skip
         return flatten(found)

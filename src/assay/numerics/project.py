@@ -6,6 +6,11 @@ read as a sign (Rademacher). Legend: b examples, t positions, o outputs, i input
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import prod
+from typing import ClassVar
+
 import numpy as np
 import torch
 import xxhash
@@ -32,29 +37,117 @@ def rademacher(rows: int, columns: int, *, seed: int, label: str) -> Tensor:
     return torch.from_numpy(signs / np.float32(np.sqrt(rows)))
 
 
-class Factored:
-    """Two-sided projection of matrix gradients, G `[o, i]` -> P_o G P_i^T `[r, r]` (LoGra, Choe et al. 2024).
+class Sketch(ABC):
+    """A linear map of one parameter's per-example gradients to few numbers, given as factors or in full.
 
-    Unbiased for inner products. Vectors (norm gains, biases) get a dense projection to r numbers. A side that is no
-    larger than r is kept as it is. With `rank = 0` nothing is projected: gradients are exact.
+    A gradient `[o, i]` comes as its factors, sum_t d_t a_t^T, which go through `out` and `into` one by one and then
+    through `merge`; or it comes formed, to `full`. Both ways give the same numbers, so that uses of a shared parameter
+    add up whatever layers they are in. Maps are keyed by the parameter's name; the same for every batch and device.
     """
 
-    def __init__(self, rank: int, seed: int) -> None:
-        self.rank, self.seed = rank, seed
-        self._held: dict[tuple[str, str, int], Tensor] = {}
+    factored: ClassVar[bool] = False
+    """Whether `out` and `into` shrink their sides, so that neither d nor the gradient need ever be whole."""
 
-    def side(self, label: str, side: str, size: int) -> Tensor | None:
-        """`[r, size]`, or None where this side is kept."""
-        if not self.rank or size <= self.rank:
+    @abstractmethod
+    def width(self, name: str, shape: Sequence[int]) -> int:
+        """How many numbers the gradient of a parameter of this shape becomes."""
+
+    @abstractmethod
+    def full(self, name: str, grad: Tensor) -> Tensor:
+        """`[b, *shape]` -> `[b, width]`."""
+
+    def out(self, name: str, d_bto: Tensor) -> Tensor:
+        """The output side, `[..., o]` -> `[..., r]`."""
+        return d_bto
+
+    def into(self, name: str, a_bti: Tensor) -> Tensor:
+        """The input side, `[..., i]` -> `[..., s]`."""
+        return a_bti
+
+    def merge(self, name: str, d_btr: Tensor, a_bts: Tensor) -> Tensor:
+        """Sum over positions of the product of the two sides, `[b, width]`."""
+        return self.full(name, d_btr.transpose(1, 2) @ a_bts)
+
+    def outer(self, name: str, d_bto: Tensor, a_bti: Tensor) -> Tensor:
+        """Sketch of sum_t d_t a_t^T, `[b, width]`."""
+        return self.merge(name, self.out(name, d_bto), self.into(name, a_bti))
+
+    def lookup(self, name: str, ids_bt: Tensor, d_bti: Tensor, entries: int) -> Tensor:
+        """Sketch of the gradient of an embedding `[entries, i]`: row ids_t receives d_t. `[b, width]`."""
+        grad = d_bti.new_zeros(d_bti.shape[0], entries, d_bti.shape[-1])
+        return self.full(name, grad.scatter_add_(1, ids_bt[..., None].expand_as(d_bti), d_bti))
+
+
+class Exact(Sketch):
+    """No compression: the gradient itself, rows of matrices first."""
+
+    def width(self, name: str, shape: Sequence[int]) -> int:
+        return prod(shape)
+
+    def full(self, name: str, grad: Tensor) -> Tensor:
+        return grad.flatten(1)
+
+
+class Factored(Sketch):
+    """Two-sided projection of matrix gradients, G `[o, i]` -> P_o G P_i^T `[r, r]` (LoGra, Choe et al. 2024).
+
+    Unbiased for inner products. Vectors (norm gains, biases) get a dense projection to r numbers; further axes of a
+    weight (convolutions) count as inputs. A side that is no larger than r is kept as it is.
+    """
+
+    factored: ClassVar[bool] = True
+
+    def __init__(self, rank: int, seed: int) -> None:
+        assert rank > 0, "rank 0 is `Exact`"
+        self.rank, self.seed = rank, seed
+        self._held: dict[tuple[str, str, int, torch.device, torch.dtype], Tensor] = {}
+
+    def side(self, name: str, side: str, size: int, like: Tensor) -> Tensor | None:
+        """`[r, size]` in the type and on the device of `like`, or None where this side is kept."""
+        if size <= self.rank:
             return None
-        key = label, side, size
+        key = name, side, size, like.device, like.dtype
         if key not in self._held:
-            self._held[key] = rademacher(self.rank, size, seed=self.seed, label=f"{label}/{side}")
+            # Made by the CPU's integers wherever it is used, so that devices agree to the last bit.
+            made = rademacher(self.rank, size, seed=self.seed, label=f"{name}/{side}")
+            self._held[key] = made.to(like.device, like.dtype)
         return self._held[key]
 
-    def width(self, size: int) -> int:
-        """How many numbers a side of this size becomes."""
-        return size if not self.rank else min(self.rank, size)
+    def _apply(self, name: str, side: str, x: Tensor) -> Tensor:
+        matrix = self.side(name, side, x.shape[-1], x)
+        return x if matrix is None else x @ matrix.T
+
+    def out(self, name: str, d_bto: Tensor) -> Tensor:
+        return self._apply(name, "out", d_bto)
+
+    def into(self, name: str, a_bti: Tensor) -> Tensor:
+        return self._apply(name, "in", a_bti)
+
+    def merge(self, name: str, d_btr: Tensor, a_bts: Tensor) -> Tensor:
+        return (d_btr.transpose(1, 2) @ a_bts).flatten(1)
+
+    def full(self, name: str, grad: Tensor) -> Tensor:
+        if grad.dim() == 2:
+            return self._apply(name, "out", grad)
+        g_boi = grad.flatten(2)
+        return self._apply(name, "out", self._apply(name, "in", g_boi).transpose(1, 2)).transpose(1, 2).flatten(1)
+
+    def lookup(self, name: str, ids_bt: Tensor, d_bti: Tensor, entries: int) -> Tensor:
+        left = self.side(name, "out", entries, d_bti)
+        if left is None:
+            return super().lookup(name, ids_bt, d_bti, entries)
+        return self.merge(name, left.T[ids_bt], self.into(name, d_bti))
+
+    def width(self, name: str, shape: Sequence[int]) -> int:
+        sides = (shape[0], prod(shape[1:])) if len(shape) > 1 else (shape[0],) if shape else (1,)
+        return prod(min(self.rank, side) for side in sides)
 
     def __getstate__(self) -> dict[str, object]:
         return {"rank": self.rank, "seed": self.seed, "_held": {}}
+
+
+def sketch(kind: str, rank: int, seed: int) -> Sketch:
+    """The sketch of a name; `rank` 0 is `Exact` whatever the kind."""
+    if not rank:
+        return Exact()
+    return {"factored": Factored}[kind](rank, seed)
