@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from assay.core.errors import InputError
-from assay.core.keys import canonical, write_json
+from assay.core.keys import canonical, hash_ids, write_json
 from assay.core.method import Featurizer, Method
 from assay.core.pool import Pool
 from assay.core.progress import Progress
@@ -193,6 +193,10 @@ class Measurer:
             for rows in work.batches(start, min(len(pool), start + self.shard)):
                 yield Rows(work, rows)
 
+    def sample(self, count: int) -> Rows:
+        order = np.argsort(hash_ids(self.pool.ids, "sample", self.seed), kind="stable")
+        return Rows(self._work(self._stack[-1].method, None, self.pool), order[:count])
+
     def spent(self, flops: float) -> None:
         if self._stack:
             self._stack[-1].ledger.spent(flops)
@@ -232,8 +236,9 @@ class Measurer:
     def _key(self, method: Method, pool: Pool) -> dict[str, Any]:
         return {
             "method": method.spec(), "code": [m.code() for m in _family(method)], "pool": pool.fingerprint,
-            "target": self.target.fingerprint, "reference": self.pool.fingerprint, "seed": self.seed,
-            "source": self.source, "models": self.key if uses_model(method) else "", "batch": self.batch,
+            # Features do not look at the target: another target finds them made.
+            "target": None if isinstance(method, Featurizer) else self.target.fingerprint,
+            "reference": self.pool.fingerprint, "seed": self.seed, "source": self.source, "models": self.key if uses_model(method) else "", "batch": self.batch,
             "shard": self.shard,
         }  # fmt: skip
 

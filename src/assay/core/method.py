@@ -76,6 +76,10 @@ class Context(Protocol):
         """Model-sized batches over the pool or the selecting half, in a fixed order."""
         ...
 
+    def sample(self, count: int) -> Batch:
+        """A keyed sample of the pool: the same examples whatever the order, and whatever the target."""
+        ...
+
     def spent(self, flops: float) -> None:
         """Enter floating-point operations in the compute ledger."""
         ...

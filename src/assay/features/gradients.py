@@ -68,9 +68,8 @@ class Gradients(Featurizer):
 
         from assay.numerics.persample import audit
 
-        batch = next(iter(context.batches(context.target)))
-        inputs = {k: v[:PROBE] for k, v in batch.inputs.items()}
-        found = audit(state.task.module, self._measure(state), state.params, inputs, state.sketch, only=set(state.only))
+        inputs, only = context.sample(PROBE).inputs, set(state.only)
+        found = audit(state.task.module, self._measure(state), state.params, inputs, state.sketch, only=only)
         if found.fallback:
             context.warn(
                 f"gradients: {len(found.fallback)} parameters have no rule and take the slow path "
