@@ -238,8 +238,8 @@ class Measurer:
             "method": method.spec(), "code": [m.code() for m in _family(method)], "pool": pool.fingerprint,
             # Features do not look at the target: another target finds them made.
             "target": None if isinstance(method, Featurizer) else self.target.fingerprint,
-            "reference": self.pool.fingerprint, "seed": self.seed, "source": self.source, "models": self.key if uses_model(method) else "", "batch": self.batch,
-            "shard": self.shard,
+            "reference": self.pool.fingerprint, "seed": self.seed, "source": self.source,
+            "models": self.key if uses_model(method) else "", "batch": self.batch, "shard": self.shard,
         }  # fmt: skip
 
     def _label(self, method: Method, pool: Pool) -> str:

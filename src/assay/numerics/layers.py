@@ -150,9 +150,23 @@ def _layer_norm(layer: nn.Module, call: Call, reader: Reader) -> dict[str, Tenso
 
 
 def _rms_norm(layer: nn.Module, call: Call, reader: Reader) -> dict[str, Tensor]:
-    eps = next((getattr(layer, n) for n in ("eps", "variance_epsilon") if hasattr(layer, n)), None)
-    unit = F.rms_norm(_wide(call.a), call.a.shape[-1:], eps=eps).to(call.d.dtype)
+    assert isinstance(layer, nn.RMSNorm) and len(layer.normalized_shape) == 1, "norms over the last axis only"
+    unit = F.rms_norm(call.a, layer.normalized_shape, eps=layer.eps)
     return _affine(call, reader, _positions(call.d), _positions(unit))
+
+
+def _gain(layer: nn.Module, call: Call, reader: Reader) -> dict[str, Tensor]:
+    """Of a layer that is affine in its one gain, whatever it does to its input: x = f(1) - f(0), in its arithmetic."""
+    own = layer._parameters["weight"]
+    assert own is not None
+    try:
+        values = []
+        for gain in (torch.ones_like(own), torch.zeros_like(own)):
+            layer._parameters["weight"] = gain.to(call.d.dtype)  # type: ignore[assignment]
+            values.append(layer.forward(call.a))  # not called: that would run the hooks again
+    finally:
+        layer._parameters["weight"] = own
+    return _affine(call, reader, _positions(call.d), _positions(values[0] - values[1]))
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -230,8 +244,8 @@ def rule_of(layer: nn.Module) -> Rule | None:
             return rule if _same_forward(layer, kind) else None
     name, own = type(layer).__name__, dict(layer.named_parameters(recurse=False))
     if name.endswith("RMSNorm") and set(own) == {"weight"} and own["weight"].dim() == 1:
-        return _rms_norm
-    return NAMED.get(name) if own and own["weight"].dim() == 2 else None
+        return _gain
+    return NAMED.get(name) if "weight" in own and own["weight"].dim() == 2 else None
 
 
 def _same_forward(layer: nn.Module, kind: type[nn.Module]) -> bool:
