@@ -104,7 +104,7 @@ def _rates(probe: _Probe, worker: int) -> dict[str, float]:
         return float(encoded.sizes[rows].sum())
 
     blocks = [
-        b[i : i + probe.batch] for b in loop.blocks(encoded.sizes, 2 * loop.AREA) for i in range(0, len(b), probe.batch)
+        b[i : i + probe.batch] for b in loop.blocks(encoded.lengths, 2 * loop.AREA) for i in range(0, len(b), probe.batch)
     ]
     order = rng.permutation(len(blocks))
 
