@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import prepared, text_pool
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from assay.numerics.readout import Readout
 from assay.train import loop
 from assay.train.models import train_tokenizer
 from assay.train.recipe import Recipe
+from helpers import prepared, text_pool
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'assay-data[hf]'")
 pytest.importorskip("peft", reason="needs the extra: pip install 'assay-data[hf]'")
@@ -91,6 +91,22 @@ def opt(**options: Any) -> Any:
     )  # fmt: skip
 
 
+@pytest.fixture
+def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some norms compute in float32 whatever they are given, and turn a last bit of float64 into one of float32."""
+
+    def root(x: Tensor, eps: float) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(
+        modeling_llama.LlamaRMSNorm, "forward", lambda norm, x: norm.weight * root(x, norm.variance_epsilon)
+    )
+    monkeypatch.setattr(modeling_gemma2.Gemma2RMSNorm, "forward", lambda norm, x: (1 + norm.weight) * root(x, norm.eps))
+
+
 FAMILIES = {"llama": llama, "gpt2": gpt2, "gemma2": capped, "opt": opt}
 
 
@@ -107,7 +123,7 @@ def double(params: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_loss_is_that_of_transformers(family: str, tmp_path: Path) -> None:
+def test_the_loss_is_that_of_transformers(family: str, tmp_path: Path, exact_norms: None) -> None:
     task = causal(tmp_path / "m", family)
     encoded = prepared(task, text_pool(9), tmp_path / "e")
     params = task.params()
@@ -119,21 +135,22 @@ def test_the_loss_is_that_of_transformers(family: str, tmp_path: Path) -> None:
         batch = encoded.inputs(np.array([row]))
         ids = torch.cat([batch["tokens"], batch["targets"][:, -1:]], dim=1)
         with torch.no_grad():
-            assert float(model(input_ids=ids, labels=ids).loss) == pytest.approx(float(found[row]), abs=1e-6)
+            assert float(model(input_ids=ids, labels=ids).loss) == pytest.approx(float(found[row]), rel=1e-6)
             logits = model.double()(input_ids=ids).logits[:, :-1]
             model.float()
         loss = F.cross_entropy(logits[0], ids[0, 1:])
-        assert float(loss) == pytest.approx(float(exact[row]), abs=1e-12)
+        assert float(loss) == pytest.approx(float(exact[row]), abs=1e-7 if family == "gemma2" else 1e-12)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_padding_and_company_change_nothing(family: str, tmp_path: Path) -> None:
+def test_padding_and_company_change_nothing(family: str, tmp_path: Path, exact_norms: None) -> None:
     task = causal(tmp_path / "m", family)
     encoded, params = prepared(task, text_pool(9), tmp_path / "e"), double(task.params())
     together = task.loss(params, encoded.inputs(np.arange(9)))
     assert len(set(encoded.sizes.tolist())) > 2
     alone = torch.cat([task.loss(params, encoded.inputs(np.array([row]))) for row in range(9)])
-    assert torch.allclose(together, alone, rtol=0, atol=1e-12)
+    # The softmax of eager attention, which capping needs, computes in float32 too.
+    assert torch.allclose(together, alone, rtol=0, atol=1e-7 if family == "gemma2" else 1e-12)
 
 
 def test_which_models_take_the_short_way(tmp_path: Path) -> None:
@@ -197,16 +214,16 @@ def test_a_task_is_a_value(tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(task))
     assert copy == task and size < 1000, "a built module travels along"
     assert torch.equal(copy.loss(params, batch), before) and copy.describe() == task.describe()
-    json.dumps(task.describe())
+    about = json.loads(json.dumps(task.describe()))
     moved = tmp_path / "elsewhere"
     (tmp_path / "m").rename(moved)
     same = CausalLM(path=str(moved), context=16)
-    assert same.describe() == task.describe(), "the path is in the key"
-    assert CausalLM(path=str(moved), context=15).describe() != task.describe()
+    assert same.describe() == about, "the path is in the key"
+    assert CausalLM(path=str(moved), context=15).describe() != about
     hashed = checkpoint_hash(str(moved))
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    assert CausalLM(path=str(moved), context=16).describe() != task.describe()
+    assert CausalLM(path=str(moved), context=16).describe() != about
     assert checkpoint_hash(str(moved)) == hashed == same.checkpoint_hash()
     save_file({"x": torch.zeros(1)}, moved / "model.safetensors")
     assert checkpoint_hash(str(moved)) != hashed
@@ -228,7 +245,8 @@ def test_the_price_of_a_pass(tmp_path: Path) -> None:
     matrices = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48) + 32 * VOCAB
     assert task.forward_flops(np.array([5, 7])) == 2 * matrices * 12 + 2 * 2 * 32 * (25 + 49)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        transformers.AutoModelForCausalLM.from_config(llama())(input_ids=torch.zeros(1, 7, dtype=torch.int64))
+        model = transformers.AutoModelForCausalLM.from_config(llama(), attn_implementation="eager")
+        model(input_ids=torch.zeros(1, 7, dtype=torch.int64))
     assert counter.get_total_flops() == task.forward_flops(np.array([7])) + 2 * 2 * 32 * 49
 
 
@@ -251,7 +269,7 @@ CLASSIFIERS = {
     "bert": bert,
     "roberta": lambda: transformers.RobertaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, num_labels=3, pad_token_id=279,
+        max_position_embeddings=66, num_labels=3, pad_token_id=1,
     ),
     "llama": lambda: llama(num_labels=3),
     "gpt2": lambda: gpt2(num_labels=3),
@@ -259,12 +277,15 @@ CLASSIFIERS = {
 
 
 @pytest.mark.parametrize("family", list(CLASSIFIERS))
-def test_classifiers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+def test_classifiers_are_those_of_transformers(family: str, tmp_path: Path, exact_norms: None) -> None:
     task = sequences(tmp_path / "m", CLASSIFIERS[family]())
     pool = labelled(8)
     encoded, params = prepared(task, pool, tmp_path / "e"), task.params()
     assert encoded.sizes.tolist() == [1] * 8 and len(set(encoded.lengths.tolist())) > 2
-    found, exact = task.loss(params, encoded.inputs(np.arange(8))), task.loss(double(params), encoded.inputs(np.arange(8)))
+    found, exact = (
+        task.loss(params, encoded.inputs(np.arange(8))),
+        task.loss(double(params), encoded.inputs(np.arange(8))),
+    )
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
     fast = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "m")
     for row, text in enumerate(pool.column("text")):
@@ -309,7 +330,9 @@ def test_a_new_head_is_drawn_only_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_labels(tmp_path: Path) -> None:
-    task = sequences(tmp_path / "m", bert(id2label={0: "no", 1: "yes", 2: "maybe"}, label2id={"no": 0, "yes": 1, "maybe": 2}))
+    task = sequences(
+        tmp_path / "m", bert(id2label={0: "no", 1: "yes", 2: "maybe"}, label2id={"no": 0, "yes": 1, "maybe": 2})
+    )
     named = labelled(3, verdict=["yes", "no", "maybe"])
     by_name = SequenceClassifier(path=task.path, context=16, label="verdict")
     assert prepared(by_name, named, tmp_path / "a").inputs(np.arange(3))["y"].tolist() == [1, 0, 2]
@@ -330,12 +353,15 @@ def adapted(folder: Path, base: Path, **options: Any) -> Any:
     import peft
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options
+    )
     model = peft.get_peft_model(model, config)
     randomised(model).save_pretrained(folder)
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own use of transformers
 def test_an_adapter(tmp_path: Path) -> None:
     causal(tmp_path / "m", "llama")
     adapted(tmp_path / "a", tmp_path / "m", lora_dropout=0.5)
@@ -364,6 +390,7 @@ def test_an_adapter(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(task)).loss(params, batch).tolist() == task.loss(params, batch).tolist()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_other_adapters_are_refused(tmp_path: Path) -> None:
     import peft
 
@@ -390,7 +417,9 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         task.params()
     torch.save({}, tmp_path / "m" / "pytorch_model.bin")
     for call in (task.params, task.checkpoint_hash):
-        with pytest.raises(InputError, match=r"(?s)no safetensors weights.*pytorch_model.bin is a pickle.*save_pretrained"):
+        with pytest.raises(
+            InputError, match=r"(?s)no safetensors weights.*pytorch_model.bin is a pickle.*save_pretrained"
+        ):
             call()
 
 

@@ -373,9 +373,10 @@ class SequenceClassifier(_Pretrained):
 
     @property
     def pad(self) -> int:
-        """Id that fills texts up: the tokenizer's, else the config's, else the end mark, else 0."""
+        """Id that fills texts up: the config's, by which models find the last token; else the tokenizer's, else the
+        end mark, else 0."""
         own = read_json(self.folder / "config.json").get("pad_token_id")
-        return next((i for i in (self.marks.pad, own, self.marks.eos) if i is not None), 0)
+        return next((i for i in (own, self.marks.pad, self.marks.eos) if i is not None), 0)
 
     @property
     def classes(self) -> int:
