@@ -12,16 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from assay.core.errors import InputError
 from assay.core.pool import Pool
 from assay.core.selection import Selection
+from assay.numerics.persample import covered, gradients
+from assay.numerics.project import Factored
 from assay.numerics.readout import Readout
 from assay.train import loop
 from assay.train.models import train_tokenizer
 from assay.train.recipe import Recipe
-from helpers import prepared, text_pool
+from helpers import looped, prepared, text_pool
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'assay-data[hf]'")
 pytest.importorskip("peft", reason="needs the extra: pip install 'assay-data[hf]'")
@@ -33,7 +35,7 @@ VOCAB = 280
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def save_tokenizer(folder: Path, pool: Pool, *, bert: bool = False, **marks: str) -> None:
+def save_tokenizer(folder: Path, pool: Pool, *, bert: bool = False, **marks: Any) -> None:
     from tokenizers import Tokenizer, processors
 
     tokenizer = Tokenizer.from_str(train_tokenizer(pool, vocab=VOCAB - 4))
@@ -45,7 +47,7 @@ def save_tokenizer(folder: Path, pool: Pool, *, bert: bool = False, **marks: str
     fast.save_pretrained(folder)
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomised(model: Any, seed: int = 0) -> Any:
     """Weights that are far from zero, so that nothing agrees by chance."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -300,6 +302,18 @@ def test_classifiers_are_those_of_transformers(family: str, tmp_path: Path, exac
     assert torch.allclose(task.margin(double(params), batch), p.log() - (1 - p).log())
 
 
+@pytest.mark.parametrize("family", list(CLASSIFIERS))
+def test_gradients_by_hooks_are_those_of_each_example(family: str, tmp_path: Path, exact_norms: None) -> None:
+    """Nothing in the model adds examples up before their gradients are told apart."""
+    task = sequences(tmp_path / "m", CLASSIFIERS[family]())
+    encoded, params, rows = prepared(task, labelled(5), tmp_path / "e"), double(task.params()), np.arange(5)
+    found, _ = gradients(task.module, lambda: task.loss(params, encoded.inputs(rows)), Factored(0, 0))
+    assert set(found) == covered(task.module) and len(found) >= 8
+    for name, grad in looped(task, params, encoded, rows).items():
+        if name in found:
+            assert torch.allclose(found[name], grad, rtol=0, atol=1e-10), name
+
+
 def test_a_classifier_learns(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     task, pool = sequences(folder, bert()), labelled(24)
@@ -402,7 +416,7 @@ def test_other_adapters_are_refused(tmp_path: Path) -> None:
         _ = CausalLM(path=str(tmp_path / "m"), context=16, adapter=str(tmp_path / "a")).module
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)  # type: ignore[arg-type]
-    peft.get_peft_model(base, prompt).save_pretrained(tmp_path / "p")
+    peft.get_peft_model(base, prompt).save_pretrained(str(tmp_path / "p"))
     with pytest.raises(InputError, match="adds tokens, not weights"):
         _ = CausalLM(path=str(tmp_path / "m"), context=16, adapter=str(tmp_path / "p")).module
 
