@@ -140,7 +140,8 @@ def test_submodules_see_the_parameters_too(tmp_path: Path) -> None:
     task = Denoise()
     encoded, params = prepared(task, pool, tmp_path), {n: 2 * p.double() for n, p in task.params().items()}
     found = looped(task, params, encoded, np.arange(4))
-    x, y = torch.tensor(pool.column("pixels"), dtype=torch.float64), torch.tensor(pool.column("label"), dtype=torch.float32).double()
+    batch = encoded.inputs(np.arange(4))
+    x, y = batch["pixels"], batch["label"].double()
     inner = (x @ params["0.weight"].T + params["0.bias"]).tanh()
     off = (inner @ params["2.weight"].T + params["2.bias"])[:, 0] - y
     assert torch.allclose(found["2.bias"][:, 0], 2 * off, atol=1e-12)
