@@ -112,7 +112,7 @@ class Work:
             return
         from assay.train.loop import AREA, blocks
 
-        for block in blocks(self.encoded.sizes[start:stop], 2 * AREA):
+        for block in blocks(self.encoded.lengths[start:stop], 2 * AREA):
             for at in range(0, len(block), self.batch):
                 yield rows[block[at : at + self.batch]]
 
