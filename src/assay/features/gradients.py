@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from assay.core.method import Batch, Context, Cost, Featurizer
+from assay.core.method import Batch, Context, Cost, Count, Featurizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,16 +27,20 @@ class _State:
 
 
 class Gradients(Featurizer):
-    """Gradient of each example's loss (mean over its terms) in the weights, projected on both sides.
+    """Gradient of each example's loss (mean over its terms) in the weights, projected.
 
-    Formula: phi_i = concat over layers of P_o (d loss_i / d W) P_i^T, entries of P +-1/sqrt(rank) by counter hash
-    Reference: Choe et al. 2024, arXiv:2405.13954 (factored projection); METHODS: Park et al. 2023, arXiv:2303.14186
-    Note: rank 0 keeps exact gradients; measure = 'margin' is for classifiers, f = log p - log(1 - p); layers =
-        'linear' leaves out embeddings, norms and convolutions, and is cheaper; 'bfloat16' runs the model in it and
-        sums in float32
+    Formula: phi_i = concat over layers of P_o (d loss_i / d W) P_i^T, entries of P +-1/sqrt(rank) by counter hash; or
+        phi_i = S (d loss_i / d theta) with `size` rows, S 'sparse', 'masked' or 'dense'
+    Reference: Choe et al. 2024, arXiv:2405.13954 (factored); Hu et al. 2025, arXiv:2505.18976 (sparse, masked);
+        Park et al. 2023, arXiv:2303.14186 (dense)
+    Note: rank is for 'factored', and rank 0 keeps exact gradients; size is for the others; measure = 'margin' is for
+        classifiers, f = log p - log(1 - p); layers = 'linear' leaves out embeddings, norms and convolutions, and is
+        cheaper; 'bfloat16' runs the model in it and sums in float32
     """
 
+    projection: Literal["factored", "sparse", "masked", "dense"] = "factored"
     rank: int = 16
+    size: Count = 4096
     seed: int = 0
     model: int = 0
     measure: Literal["loss", "margin"] = "loss"
@@ -54,7 +58,7 @@ class Gradients(Featurizer):
         """The projection that the options name."""
         from assay.numerics.project import sketch
 
-        return sketch("factored", self.rank, self.seed)
+        return sketch(self.projection, self.rank if self.projection == "factored" else self.size, self.seed)
 
     def names(self, task: Task) -> frozenset[str]:
         """The parameters that are read."""
@@ -98,4 +102,4 @@ class Gradients(Featurizer):
                 state.task.module, self._measure(state), state.params, batch.inputs, state.sketch,
                 only=set(state.only), fallback=set(state.fallback),
             )  # fmt: skip
-        return flatten(found)
+        return flatten(found, state.sketch)
