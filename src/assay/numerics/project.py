@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 # Entries of formed gradients, and of matrices, that are held at a time: 16 MB of them in float32.
 FORMED = 1 << 22
+# Entries of one addition on the CPU: too few for torch to wake further threads, which would cost more than the sum.
+SERIAL = 1 << 14
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -193,12 +195,15 @@ class Sparse(_Keyed):
     """Sparse Johnson-Lindenstrauss map of the whole gradient to k numbers: a signed sum over buckets, O(p).
 
     Each entry goes to `nonzeros` = s buckets, one in each of s equal parts of the k, as +-1/sqrt(s). Buckets are not
-    drawn one by one: the gradient is cut into rows of k/s entries, and each row is added in whole, with a sign for
-    each entry, from a start drawn for that row (going round at the end). Entries of one row never meet; entries of two
-    rows or two parameters meet with probability s/k, as they would in any hash, so
+    drawn one by one: the gradient is cut into rows, each a quarter of a part long, and each row is added in whole,
+    with a sign for each entry, from a start drawn for that row (going round at the end). Entries of one row never
+    meet; entries of two rows or two parameters meet with probability s/k, as they would in any hash, so
 
     Variance: Var<Sx, Sy> = (1/k) sum over pairs e < f not in one row of (x_e y_f + x_f y_e)^2, which is at most
-    (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_e^2 y_e^2) / k, that of a dense matrix of +-1/sqrt(k), whatever s is.
+    (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_e^2 y_e^2) / k, that of a dense matrix of +-1/sqrt(k), whatever s is. (Given the
+    starts, it varies from seed to seed as it does for single buckets; with rows as long as a part, up to thrice that.)
+
+    Sums have one order on every device: rows in turn, no atomic additions.
 
     All parameters share the k numbers (`together`). Shares of k for each would need all sizes, would leave a norm's
     gain few numbers however large its gradient, and have variance sum_l |x_l|^2 |y_l|^2 / k_l instead of
@@ -212,7 +217,8 @@ class Sparse(_Keyed):
     def __init__(self, size: int, seed: int, nonzeros: int = 1) -> None:
         super().__init__(seed)
         assert size > 0 and size % nonzeros == 0, f"{size} numbers do not make {nonzeros} equal parts"
-        self.size, self.nonzeros = size, nonzeros
+        self.size, self.nonzeros, self.part = size, nonzeros, size // nonzeros
+        self.row = max(1, self.part // 4)
 
     def width(self, name: str, shape: Sequence[int]) -> int:
         return self.size
@@ -228,35 +234,39 @@ class Sparse(_Keyed):
 
     def starts(self, name: str, part: int, entries: int) -> list[int]:
         """Where each row of entries begins, in 0 .. k/s - 1."""
-        row = self.size // self.nonzeros
 
         def make() -> list[int]:
-            drawn = _hashed(_counters(-(-entries // row)), self.seed, f"{name}/start/{part}")
-            return (drawn % np.uint64(row)).tolist()
+            drawn = _hashed(_counters(-(-entries // self.row)), self.seed, f"{name}/start/{part}")
+            return (drawn % np.uint64(self.part)).tolist()
 
         return self._table((name, part, entries), make)
 
     def full(self, name: str, grad: Tensor) -> Tensor:
         x_bp = grad.reshape(len(grad), -1)
-        entries, row, parts = x_bp.shape[1], self.size // self.nonzeros, []
-        for part in range(self.nonzeros):
-            table = self.signs(name, part, entries, x_bp)
-            # Twice as long as a part, so that a row is one slice wherever it starts.
-            sums = x_bp.new_zeros(len(x_bp), 2 * row)
-            for at, start in enumerate(self.starts(name, part, entries)):
-                cells = slice(at * row, min((at + 1) * row, entries))
-                sums[:, start : start + cells.stop - cells.start].addcmul_(x_bp[:, cells], table[cells])
-            parts.append(sums[:, :row] + sums[:, row:])
-        return torch.cat(parts, dim=1)
+        return torch.cat([self._added(name, x_bp, part) for part in range(self.nonzeros)], dim=1)
+
+    def _added(self, name: str, x_bp: Tensor, part: int) -> Tensor:
+        examples, entries = x_bp.shape
+        table, starts = self.signs(name, part, entries, x_bp), self.starts(name, part, entries)
+        # Longer than a part, so that a row is one slice wherever it starts.
+        sums = x_bp.new_zeros(examples, self.part + self.row)
+        step = max(1, SERIAL // self.row if x_bp.device.type == "cpu" else examples)
+        for some in (slice(i, i + step) for i in range(0, examples, step)):
+            for at, start in enumerate(starts):
+                cells = slice(at * self.row, min((at + 1) * self.row, entries))
+                sums[some, start : start + cells.stop - cells.start].addcmul_(x_bp[some, cells], table[cells])
+        sums[:, : self.row] += sums[:, self.part :]
+        return sums[:, : self.part]
 
     def lookup(self, name: str, ids_bt: Tensor, d_bti: Tensor, entries: int) -> Tensor:
-        width, row, parts = d_bti.shape[-1], self.size // self.nonzeros, []
+        width, parts = d_bti.shape[-1], []
         cells = ids_bt[..., None] * width + torch.arange(width, device=ids_bt.device)
         for part in range(self.nonzeros):
             table = self.signs(name, part, entries * width, d_bti).view(entries, width)
             starts = torch.tensor(self.starts(name, part, entries * width), device=ids_bt.device)
-            buckets, values = (starts[cells // row] + cells) % row, d_bti * table[ids_bt]
-            parts.append(d_bti.new_zeros(len(d_bti), row).scatter_add_(1, buckets.flatten(1), values.flatten(1)))
+            buckets = (starts[cells // self.row] + cells % self.row) % self.part
+            sums = d_bti.new_zeros(len(d_bti), self.part)
+            parts.append(sums.scatter_add_(1, buckets.flatten(1), (d_bti * table[ids_bt]).flatten(1)))
         return torch.cat(parts, dim=1)
 
 
