@@ -6,13 +6,16 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from assay.core.method import Featurizer, make
 from assay.core.task import Encoded, Task
+from assay.features.gradients import _State
 from assay.numerics.persample import audit, flatten, gradients, layout
 from assay.numerics.project import Dense, Exact, Factored, Masked, Sketch, Sparse, signs, sketch
 from helpers import language, text_pool, wide
@@ -227,6 +230,27 @@ def test_engine_gives_sketches_of_the_exact_gradients_for_any_batch_and_order(ki
     close(torch.cat([flatten(rows_of(5, 1, 3), made), flatten(rows_of(4), made)]), whole[[5, 1, 3, 4]], 1e-10)
     report = audit(task.module, task.loss, params, encoded.inputs(np.arange(3)), made)
     assert report.error < 1e-9 and report.fallback == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({"projection": "sparse", "size": 96}, Sparse(96, 5)),
+        ({"projection": "masked", "size": 100}, Masked(100, 5, side=20)),
+        ({"projection": "dense", "size": 64}, Dense(64, 5)),
+        ({"projection": "factored", "rank": 3}, Factored(3, 5)),
+        ({"projection": "factored", "rank": 0}, Exact()),
+    ],
+)
+def test_the_featurizer_takes_the_sketch_that_its_options_name(options, want, tmp_path):
+    task, encoded, params = decoder(tmp_path)
+    feature = make(Featurizer, {"name": "gradients", "seed": 5, **options})
+    state = _State(task, params, feature.sketch(), feature.names(task), frozenset())  # type: ignore[attr-defined]
+    batch = SimpleNamespace(inputs=encoded.inputs(np.arange(4)))
+    rows = feature.featurize(state, batch)  # type: ignore[arg-type]
+    close(rows, flatten(gradients(task.module, task.loss, params, batch.inputs, want)[0], want))
+    names = feature.columns(state)
+    assert len(names) == rows.shape[1] == len(set(names))
 
 
 def test_formed_gradients_are_made_a_few_at_a_time(monkeypatch):
