@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from assay.core.errors import InputError
 from assay.core.method import Featurizer, make
 from assay.core.task import Encoded, Task
 from assay.features.gradients import _State
@@ -239,7 +240,8 @@ def test_engine_gives_sketches_of_the_exact_gradients_for_any_batch_and_order(ki
         ({"projection": "masked", "size": 100}, Masked(100, 5, side=20)),
         ({"projection": "dense", "size": 64}, Dense(64, 5)),
         ({"projection": "factored", "rank": 3}, Factored(3, 5)),
-        ({"projection": "factored", "rank": 0}, Exact()),
+        ({"projection": "exact"}, Exact()),
+        ({}, Sparse(4096, 5)),
     ],
 )
 def test_the_featurizer_takes_the_sketch_that_its_options_name(options, want, tmp_path):
@@ -251,6 +253,15 @@ def test_the_featurizer_takes_the_sketch_that_its_options_name(options, want, tm
     close(rows, flatten(gradients(task.module, task.loss, params, batch.inputs, want)[0], want))
     names = feature.columns(state)
     assert len(names) == rows.shape[1] == len(set(names))
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 4}, {"projection": "factored", "size": 64}, {"projection": "exact", "size": 64}]
+)
+def test_an_option_of_another_sketch_is_refused(options):
+    feature = make(Featurizer, {"name": "gradients", **options})
+    with pytest.raises(InputError, match="has no effect"):
+        feature.sketch()  # type: ignore[attr-defined]
 
 
 def test_formed_gradients_are_made_a_few_at_a_time(monkeypatch):

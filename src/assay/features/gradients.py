@@ -29,18 +29,19 @@ class _State:
 class Gradients(Featurizer):
     """Gradient of each example's loss (mean over its terms) in the weights, projected.
 
-    Formula: phi_i = concat over layers of P_o (d loss_i / d W) P_i^T, entries of P +-1/sqrt(rank) by counter hash; or
-        phi_i = S (d loss_i / d theta) with `size` rows, S 'sparse', 'masked' or 'dense'
-    Reference: Choe et al. 2024, arXiv:2405.13954 (factored); Hu et al. 2025, arXiv:2505.18976 (sparse, masked);
+    Formula: phi_i = S (d loss_i / d theta), S a `[size, p]` matrix of random signs, one in each column for 'sparse';
+        'factored': concat over layers of P_o (d loss_i / d W) P_i^T, entries of P +-1/sqrt(rank)
+    Reference: Hu et al. 2025, arXiv:2505.18976 (sparse, masked); Choe et al. 2024, arXiv:2405.13954 (factored);
         Park et al. 2023, arXiv:2303.14186 (dense)
-    Note: rank is for 'factored', and rank 0 keeps exact gradients; size is for the others; measure = 'margin' is for
-        classifiers, f = log p - log(1 - p); layers = 'linear' leaves out embeddings, norms and convolutions, and is
-        cheaper; 'bfloat16' runs the model in it and sums in float32
+    Note: sparse has the error of dense at a small part of its cost; factored needs no gradient of the size of a weight
+        and is cheaper, but for as many numbers its error is many times that; size is for 'sparse', 'masked' and
+        'dense', rank for 'factored'; measure = 'margin' is for classifiers, f = log p - log(1 - p); layers = 'linear'
+        leaves out embeddings, norms and convolutions; 'bfloat16' runs the model in it and sums in float32
     """
 
-    projection: Literal["factored", "sparse", "masked", "dense"] = "factored"
-    rank: int = 16
+    projection: Literal["sparse", "factored", "masked", "dense", "exact"] = "sparse"
     size: Count = 4096
+    rank: Count = 16
     seed: int = 0
     model: int = 0
     measure: Literal["loss", "margin"] = "loss"
@@ -56,9 +57,18 @@ class Gradients(Featurizer):
 
     def sketch(self) -> Sketch:
         """The projection that the options name."""
+        from assay.core.errors import InputError
         from assay.numerics.project import sketch
 
-        return sketch(self.projection, self.rank if self.projection == "factored" else self.size, self.seed)
+        size = {"factored": "rank", "exact": ""}.get(self.projection, "size")
+        for other in {"rank", "size"} - {size}:
+            if getattr(self, other) != getattr(Gradients, other):
+                raise InputError(
+                    f"gradients: {other} = {getattr(self, other)} has no effect",
+                    why=f"projection is {self.projection!r}",
+                    fix=f"{size} = ..." if size else "leave it out",
+                )
+        return sketch(self.projection, getattr(self, size) if size else 0, self.seed)
 
     def names(self, task: Task) -> frozenset[str]:
         """The parameters that are read."""
