@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from assay.core.errors import InputError
 from assay.core.method import Featurizer, make
-from assay.core.task import Encoded, Task
+from assay.core.task import Encoded, Inputs, Params, Task
 from assay.features.gradients import _State
 from assay.numerics.persample import audit, flatten, gradients, layout
 from assay.numerics.project import Dense, Exact, Factored, Masked, Sketch, Sparse, signs, sketch
@@ -87,7 +88,7 @@ def test_sketches_are_unbiased_over_seeds(kind):
     y = {"w": x["w"] + normal(1, 7, 9, seed=2), "g": x["g"] + normal(1, 8, seed=3)}
     want = sum(float((x[n] * y[n]).sum()) for n in x)
     draws = []
-    for seed in range(3000):
+    for seed in range(1200):
         made = SKETCHES[kind](seed)
         u, v = (flatten({n: made.full(n, g) for n, g in grads.items()}, made)[0] for grads in (x, y))
         draws.append(float(u @ v))
@@ -95,7 +96,7 @@ def test_sketches_are_unbiased_over_seeds(kind):
     assert abs(np.mean(draws) - want) < max(3.5 * spread, 1e-9), (np.mean(draws), want, spread)
 
 
-def products(make: Callable[[int], Sketch], x: Tensor, y: Tensor, draws: int = 6000) -> np.ndarray:
+def products(make: Callable[[int], Sketch], x: Tensor, y: Tensor, draws: int = 3000) -> np.ndarray:
     both = torch.stack([x, y])
     rows = (make(seed).full("w", both) for seed in range(draws))
     return np.array([float(r[0] @ r[1]) for r in rows])
@@ -106,7 +107,7 @@ def holds(found: np.ndarray, mean: float, variance: float) -> None:
     deviations = (found - found.mean()) ** 2
     assert abs(found.mean() - mean) < 3.5 * (variance / len(found)) ** 0.5, (found.mean(), mean)
     error = float(deviations.std()) / len(found) ** 0.5
-    assert error < 0.1 * variance, "too few draws to tell"
+    assert error < 0.15 * variance, "too few draws to tell"
     assert abs(deviations.mean() - variance) < 4 * error, (deviations.mean(), variance, error)
 
 
@@ -154,7 +155,7 @@ def test_factored_has_the_stated_variance_for_one_outer_product():
     u, v = u / u.norm(), v / v.norm()
     variance = float((1 + 2 * (1 - (u**4).sum()) / rank) * (1 + 2 * (1 - (v**4).sum()) / rank)) - 1
     g = torch.outer(u, v)
-    holds(products(lambda seed: Factored(rank, seed), g, g, 20_000), 1.0, variance)
+    holds(products(lambda seed: Factored(rank, seed), g, g, 8000), 1.0, variance)
 
 
 def masks(u: Tensor, v: Tensor, side: int) -> Tensor:
@@ -179,7 +180,7 @@ def test_masked_has_its_variance(shape):
     share = min(1.0, side / shape[0]) * min(1.0, side / shape[1])
     added = float(masks(g * g, h * h, side) + masks(u, u, side) - 2 * (u * u).sum() / share) / size
     assert chosen > 0 and added > 0
-    holds(products(lambda seed: Masked(size, seed, side=side), g, h, 10_000), mean, chosen + added)
+    holds(products(lambda seed: Masked(size, seed, side=side), g, h, 5000), mean, chosen + added)
     # Where the block is one row, nothing meets and the masks alone are left.
     holds(products(lambda seed: Masked(64, seed, side=side), g, h), mean, chosen)
 
@@ -231,6 +232,30 @@ def test_engine_gives_sketches_of_the_exact_gradients_for_any_batch_and_order(ki
     close(torch.cat([flatten(rows_of(5, 1, 3), made), flatten(rows_of(4), made)]), whole[[5, 1, 3, 4]], 1e-10)
     report = audit(task.module, task.loss, params, encoded.inputs(np.arange(3)), made)
     assert report.error < 1e-9 and report.fallback == ()
+
+
+@each
+def test_uses_of_a_shared_parameter_add_up(kind):
+    """An embedding tied to the readout: a lookup and an outer product go into one sketch."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            self.head.weight = self.token.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.token(tokens)))
+
+    module, tokens = Tied().double(), torch.tensor([[0, 4, 4], [10, 1, 6]])
+    params, made = {"token.weight": normal(11, 6)}, SKETCHES[kind](3)
+
+    def loss(params: Params, batch: Inputs) -> Tensor:
+        logits = functional_call(module, dict(params), (batch["x"],))
+        return logits.logsumexp(dim=2).sum(dim=1) - logits[..., 2].sum(dim=1)
+
+    exact, got = (gradients(module, loss, params, {"x": tokens}, s)[0]["token.weight"] for s in (Exact(), made))
+    close(got, made.full("token.weight", exact.view(2, 11, 6)))
 
 
 @pytest.mark.parametrize(
