@@ -114,7 +114,7 @@ def _rates(probe: _Probe, worker: int) -> dict[str, float]:
 
     def features(at: int) -> float:
         inputs = encoded.inputs(blocks[order[at % len(order)]])
-        flatten(gradients(probe.task.module, probe.task.loss, params, inputs, sketch, only=only)[0]).numpy()
+        flatten(gradients(probe.task.module, probe.task.loss, params, inputs, sketch, only=only)[0], sketch).numpy()
         return float(encoded.sizes[blocks[order[at % len(order)]]].sum())
 
     if probe.feature is not None:

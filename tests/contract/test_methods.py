@@ -38,8 +38,8 @@ VECTORS = {
     "influence": "the Gauss-Newton matrix needs the task's logits, and the solvers are for a few thousand weights",
     "self_influence": "as influence",
 }
-# Methods whose every field has no default: how to make them. Empty as long as all have defaults.
-OPTIONS: dict[str, dict[str, Any]] = {}
+# Methods that have fields without a default, or defaults for larger models than these: how to make them.
+OPTIONS: dict[str, dict[str, Any]] = {"trak": {"features": {"name": "gradients", "size": 512}}}
 
 MEASURES = sorted((kind, name) for kind in ("featurizer", "scorer") for name in discover(KINDS[kind]))
 SCORERS = sorted(discover(Scorer))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from assay.core.method import Batch, Context, Cost, Featurizer
+from assay.core.method import Batch, Context, Cost, Count, Featurizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,16 +27,21 @@ class _State:
 
 
 class Gradients(Featurizer):
-    """Gradient of each example's loss (mean over its terms) in the weights, projected on both sides.
+    """Gradient of each example's loss (mean over its terms) in the weights, projected.
 
-    Formula: phi_i = concat over layers of P_o (d loss_i / d W) P_i^T, entries of P +-1/sqrt(rank) by counter hash
-    Reference: Choe et al. 2024, arXiv:2405.13954 (factored projection); METHODS: Park et al. 2023, arXiv:2303.14186
-    Note: rank 0 keeps exact gradients; measure = 'margin' is for classifiers, f = log p - log(1 - p); layers =
-        'linear' leaves out embeddings, norms and convolutions, and is cheaper; 'bfloat16' runs the model in it and
-        sums in float32
+    Formula: phi_i = S (d loss_i / d theta), S a `[size, p]` matrix of random signs, one in each column for 'sparse';
+        'factored': concat over layers of P_o (d loss_i / d W) P_i^T, entries of P +-1/sqrt(rank)
+    Reference: Hu et al. 2025, arXiv:2505.18976 (sparse, masked); Choe et al. 2024, arXiv:2405.13954 (factored);
+        Park et al. 2023, arXiv:2303.14186 (dense)
+    Note: sparse has the error of dense at a small part of its cost; factored needs no gradient of the size of a weight
+        and is cheaper, but for as many numbers its error is many times that; size is for 'sparse', 'masked' and
+        'dense', rank for 'factored'; measure = 'margin' is for classifiers, f = log p - log(1 - p); layers = 'linear'
+        leaves out embeddings, norms and convolutions; 'bfloat16' runs the model in it and sums in float32
     """
 
-    rank: int = 16
+    projection: Literal["sparse", "factored", "masked", "dense", "exact"] = "sparse"
+    size: Count = 4096
+    rank: Count = 16
     seed: int = 0
     model: int = 0
     measure: Literal["loss", "margin"] = "loss"
@@ -52,9 +57,18 @@ class Gradients(Featurizer):
 
     def sketch(self) -> Sketch:
         """The projection that the options name."""
+        from assay.core.errors import InputError
         from assay.numerics.project import sketch
 
-        return sketch("factored", self.rank, self.seed)
+        size = {"factored": "rank", "exact": ""}.get(self.projection, "size")
+        for other in {"rank", "size"} - {size}:
+            if getattr(self, other) != getattr(Gradients, other):
+                raise InputError(
+                    f"gradients: {other} = {getattr(self, other)} has no effect",
+                    why=f"projection is {self.projection!r}",
+                    fix=f"{size} = ..." if size else "leave it out",
+                )
+        return sketch(self.projection, getattr(self, size) if size else 0, self.seed)
 
     def names(self, task: Task) -> frozenset[str]:
         """The parameters that are read."""
@@ -98,4 +112,4 @@ class Gradients(Featurizer):
                 state.task.module, self._measure(state), state.params, batch.inputs, state.sketch,
                 only=set(state.only), fallback=set(state.fallback),
             )  # fmt: skip
-        return flatten(found)
+        return flatten(found, state.sketch)

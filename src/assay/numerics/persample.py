@@ -182,14 +182,21 @@ def _formed(alone: Any, loss: Loss, wanted: Params, rest: Params, inputs: Inputs
             return {n: torch.stack(g) for n, g in zip(wanted, zip(*rows, strict=True), strict=True)}
 
 
-def flatten(grads: Mapping[str, Tensor]) -> Tensor:
-    """Concatenate by name into `[b, d]`, names sorted."""
-    return torch.cat([grads[n] for n in sorted(grads)], dim=1)
+def flatten(grads: Mapping[str, Tensor], sketch: Sketch | None = None) -> Tensor:
+    """Concatenate by name into `[b, d]`, names sorted; or add up in that order, where the sketch says so."""
+    blocks = [grads[n] for n in sorted(grads)]
+    if sketch is None or not sketch.together:
+        return torch.cat(blocks, dim=1)
+    total = blocks[0].clone()
+    for block in blocks[1:]:
+        total += block
+    return total
 
 
 def layout(module: nn.Module, sketch: Sketch, only: set[str] | None = None) -> list[tuple[str, int]]:
-    """Name and width of each block of `flatten(gradients(...))`, without computing anything."""
-    return [(n, sketch.width(n, s)) for n, s in sorted(trainable(module).items()) if only is None or n in only]
+    """Name and width of each block of `flatten(gradients(...), sketch)`, without computing anything."""
+    blocks = [(n, sketch.width(n, s)) for n, s in sorted(trainable(module).items()) if only is None or n in only]
+    return [("all", blocks[0][1])] if sketch.together and blocks else blocks
 
 
 @dataclass(frozen=True)
