@@ -54,6 +54,11 @@ class Context(Protocol):
     target: Pool
     task: Any
     models: list[dict[str, Any]]
+    optimisers: list[dict[str, Any]]
+    """The state of each scoring model's optimiser: slots (`mean`, `square`, `momentum`) -> name -> tensor, and the
+    numbers `steps`, `betas`, `eps`; empty where it is not known."""
+    barred: np.ndarray
+    """Ids of the pool that contain target items: no model that scores may train on them."""
     seed: int
 
     def table(self, method: Method) -> Table:
@@ -82,6 +87,10 @@ class Context(Protocol):
 
     def warn(self, message: str) -> None:
         """Tell the user; the message also goes into the report."""
+        ...
+
+    def note(self, what: str, detail: str, **numbers: Any) -> None:
+        """Keep what a method measured of itself: in its Table's meta, and among the report's checks."""
         ...
 
 

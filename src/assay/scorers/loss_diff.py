@@ -38,13 +38,18 @@ class LossDiff(Scorer):
         return 3.0 if self.control else 2.0
 
     def init(self, context: Context) -> Any:
+        from assay.numerics.probe import Pair, Probe
+
         plain = context.target
         shuffled = shuffle_words(plain, self.seed) if self.control else None
-        triples = []
+        models = []
         for params in context.models:
-            moved = self._moved(context, plain, params)
-            triples.append((params, moved, None if shuffled is None else self._moved(context, shuffled, params)))
-        return context.task, triples
+            after = self._moved(context, plain, params)
+            pairs = [Pair(params, after)]
+            if shuffled is not None:
+                pairs.append(Pair(self._moved(context, shuffled, params), after, 1 / self.control))
+            models.append([pairs])
+        return Probe.of(context.task, models)
 
     def _moved(self, context: Context, target: Pool, params: Any) -> Any:
         """Weights after the short run on `target`."""
@@ -62,17 +67,7 @@ class LossDiff(Scorer):
         return train(context.task, encoded, rows, Selection.everything(target.ids), recipe, start=params).params
 
     def score(self, state: Any, batch: Batch) -> Any:
-        import torch
-
-        task, triples = state
-        total: Any = 0.0
-        with torch.no_grad():
-            for before, after, controlled in triples:
-                own = task.loss(after, batch.inputs)
-                total = total + task.loss(before, batch.inputs) - own
-                if controlled is not None:
-                    total = total + self.control * (task.loss(controlled, batch.inputs) - own)
-        return total / len(triples)
+        return state.read(batch.inputs)
 
 
 def shuffle_words(pool: Pool, seed: int) -> Pool:
