@@ -190,7 +190,7 @@ def response(
     difference of the losses over eps. The control is the first of the models. `batch` = 0 is the whole of the data."""
     params = stacked(base, 1 + len(targets))
     x, y = w.tx[targets][:, None], w.ty[targets][:, None]
-    batches = [r for e in range(99) for r in order(TRAIN, e).reshape(-1, batch)] if batch else [np.arange(TRAIN)] * steps
+
     for rows in batches[:steps]:
         leaves = leaf(params)
         loss = weight * losses(leaves, w.x[rows], w.y[rows]).mean(dim=1).sum() + DECAY * decay(leaves)

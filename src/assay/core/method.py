@@ -180,6 +180,10 @@ class Scorer(Method, abstract=True):
         """How many times the work of its cost class one example takes: 2 for two forward passes."""
         return 1.0
 
+    def training_terms(self, pool: float, target: float) -> float:
+        """Loss terms that `init` trains on for each scoring model, of a pool and a target of so many terms."""
+        return 0.0
+
     def init(self, context: Context) -> Any:
         """A small picklable state."""
         return None

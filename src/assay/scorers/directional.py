@@ -43,6 +43,9 @@ class Directional(Scorer):
     def passes(self) -> float:
         return 2.0
 
+    def training_terms(self, pool: float, target: float) -> float:
+        return target
+
     def init(self, context: Context) -> Any:
         from assay.numerics.probe import DIFFERENCES, Probe, Step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,6 +45,10 @@ class Response(Scorer):
     @property
     def passes(self) -> float:
         return 2.0
+
+    def training_terms(self, pool: float, target: float) -> float:
+        step = self.terms_per_step or math.inf
+        return 2.0 * self.steps * (min(step, pool) + min(step, target))
 
     def init(self, context: Context) -> Any:
         from assay.numerics.probe import Pair, Probe
