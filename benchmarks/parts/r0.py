@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from scipy import stats
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from assay.core.keys import digest, encode_ids, hash_ids, shuffled, uniform
+from assay.core.keys import digest, encode_ids, shuffled, uniform
 from assay.train.models import Classifier, init_params
 
 Row = dict[str, Any]
@@ -165,12 +164,13 @@ def size(base: Weights) -> float:
     return float(torch.cat([p.flatten() for p in base.values()]).norm())
 
 
-def directional(w: World, base: Weights, targets: np.ndarray, step: float, central: bool = True) -> np.ndarray:
-    """Differences over a step down the target's gradient, of a length of `step` x |params|."""
+def directional(w: World, base: Weights, targets: np.ndarray, step: float, sides: str = "both") -> np.ndarray:
+    """Differences over a step down (`toward`) or up (`away`) the target's gradient, of length `step` x |params|."""
     down = -slopes(base, w.tx[targets], w.ty[targets], True)
     length = (step * size(base) / down.norm(dim=1)).numpy()
-    before = moved(base, down, -length) if central else stacked(base, 1)
-    return fall(w, before, moved(base, down, length), 1.0) / ((2 if central else 1) * length[:, None])
+    low, high = {"both": (-1.0, 1.0), "toward": (0.0, 1.0), "away": (-1.0, 0.0)}[sides]
+    before, after = (moved(base, down, e * length) for e in (low, high))
+    return fall(w, before, after, high - low) / length[:, None]
 
 
 def loss_diff(w: World, base: Weights, targets: np.ndarray, steps: int, lr: float) -> np.ndarray:
@@ -183,21 +183,28 @@ def loss_diff(w: World, base: Weights, targets: np.ndarray, steps: int, lr: floa
     return fall(w, stacked(base, 1), params, steps * lr)
 
 
-def response(
-    w: World, base: Weights, targets: np.ndarray, steps: int, lr: float, eps: float, weight: float = 1.0, batch: int = 0
-) -> np.ndarray:
-    """`steps` steps on L_train + eps f_q and on L_train alone, L_train = (1/N) sum_i weight loss_i + decay; then the
-    difference of the losses over eps. The control is the first of the models. `batch` = 0 is the whole of the data."""
-    params = stacked(base, 1 + len(targets))
+def continued(
+    w: World, base: Weights, targets: np.ndarray, steps: int, lr: float, eps: float, weight: float
+) -> Weights:
+    """`steps` full-batch steps on (1/N) sum_i weight loss_i + decay + eps f_q, a model for each target; at eps = 0 all
+    are the same model, so one is enough.
+    """
+    params = stacked(base, len(targets) if eps else 1)
     x, y = w.tx[targets][:, None], w.ty[targets][:, None]
-
-    for rows in batches[:steps]:
+    for _ in range(steps):
         leaves = leaf(params)
-        loss = weight * losses(leaves, w.x[rows], w.y[rows]).mean(dim=1).sum() + DECAY * decay(leaves)
-        loss = loss - eps * margins({n: p[1:] for n, p in leaves.items()}, x, y).sum()
+        loss = weight * losses(leaves, w.x, w.y).mean(dim=1).sum() + DECAY * decay(leaves)
+        loss = loss - eps * margins(leaves, x, y).sum() if eps else loss
         params = descend(params, loss, leaves, lr)
-    control, perturbed = ({n: p[s] for n, p in params.items()} for s in (slice(0, 1), slice(1, None)))
-    return fall(w, control, perturbed, eps)
+    return params
+
+
+def response(
+    w: World, base: Weights, targets: np.ndarray, steps: int, lr: float, eps: float, sides: str, weight: float = 1.0
+) -> np.ndarray:
+    low, high = {"both": (-eps, eps), "toward": (0.0, eps), "away": (-eps, 0.0)}[sides]
+    before, after = (continued(w, base, targets, steps, lr, e, weight) for e in (low, high))
+    return fall(w, before, after, high - low)
 
 
 # LDS.
@@ -228,24 +235,95 @@ def interval(w: World, scores: np.ndarray, targets: np.ndarray, draws: int = 300
     return [float(v) for v in np.percentile(values, [2.5, 97.5])]
 
 
-RESPONSE = [
-    {"steps": k, "lr": lr, "eps": e}
-    for k, lr, e in itertools.product((30, 60, 100, 150), (0.1, 0.2, 0.4), (3e-4, 1e-3, 3e-3))
-]
-DIRECTIONAL = [{"step": 2.0**-k} for k in range(12, 0, -1)]
-LOSS_DIFF = [{"steps": k, "lr": lr} for k in (1, 10, 40) for lr in (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)]
+Grid = list[Row]
+SIDES = ("toward", "away", "both")
+STEPS = [2.0**-k for k in range(12, -1, -2)]
 
 
-def tuned(name: str, grid: Iterable[Row], w: World, base: Weights, targets: np.ndarray, **fixed: Any) -> list[Row]:
-    """LDS on the tuning targets of every option in the grid, best first."""
-    method, found = {"response": response, "directional": directional, "loss_diff": loss_diff}[name], []
-    for options in grid:
-        found.append({**options, "lds": lds(w, method(w, base, targets, **options, **fixed), targets)})
-    return sorted(found, key=lambda r: -r["lds"] if np.isfinite(r["lds"]) else np.inf)
+def grids(quick: bool) -> dict[str, Grid]:
+    """The options that are tried of each method. `response` in three forms, and at a model of half-weighted data."""
+    paces = [(60, 0.2), (100, 0.2)] if quick else [(30, 0.2), (60, 0.2), (100, 0.2), (60, 0.4), (200, 0.2)]
+    sizes = [1e-3, 1e-2] if quick else [1e-3, 3e-3, 1e-2, 3e-2]
+    finite = [2.0**-k for k in range(8, 1, -1)]
+    return {
+        "graddot": [{}],
+        "directional": [{"step": s} for s in (2.0**-12, 2.0**-10, 2.0**-8)],
+        "directional, long": [{"step": s, "sides": e} for s, e in itertools.product(finite, SIDES)],
+        "loss_diff": [{"steps": k, "lr": r} for k, r in itertools.product((1, 10, 40), (1e-5, 1e-4, 1e-3, 1e-2, 0.1))],
+        "response": [{"steps": k, "lr": r, "eps": e, "sides": "both"} for (k, r), e in itertools.product(paces, sizes)],
+        "response, toward": [
+            {"steps": k, "lr": r, "eps": e, "sides": "toward"} for (k, r), e in itertools.product(paces, sizes[:2])
+        ],
+        "response, away": [
+            {"steps": k, "lr": r, "eps": e, "sides": "away"} for (k, r), e in itertools.product(paces, sizes)
+        ],
+        "response, centred": [
+            {"steps": k, "lr": r, "eps": e, "sides": "both", "weight": 0.5}
+            for (k, r), e in itertools.product(paces, sizes)
+        ],
+    }
+
+
+FUNCTIONS = {"graddot": graddot, "directional": directional, "loss_diff": loss_diff, "response": response}
+
+
+def scored(w: World, models: dict[float, Weights], name: str, options: Row, targets: np.ndarray) -> np.ndarray:
+    """At the model whose training examples weighed 1, or `weight`."""
+    return FUNCTIONS[name.split(",")[0]](w, models[options.get("weight", 1.0)], targets, **options)
+
+
+def best(w: World, models: dict[float, Weights], name: str, grid: Grid, targets: np.ndarray) -> Row:
+    """The options of the largest LDS on the tuning targets; the first of equals."""
+    tried = [lds(w, scored(w, models, name, options, targets), targets) for options in grid]
+    return grid[int(np.nanargmax(tried))]
+
+
+def rows(quick: bool = False) -> list[Row]:
+    """LDS of every method on the targets that tuned nothing, and how it depends on the length of the step."""
+    w = build(quick)
+    weights = {1.0: torch.ones(1, TRAIN), 0.5: torch.full((1, TRAIN), 0.5)}
+    models = {k: single(train(w.x, w.y, v, EPOCHS)) for k, v in weights.items()}
+    halves = np.array_split(np.arange(len(w.ty)), 2)
+    tuning, reporting = halves[0][: 20 if quick else 50], halves[1]
+    found = []
+    for name, grid in grids(quick).items():
+        options = best(w, models, name, grid, tuning) if len(grid) > 1 else grid[0]
+        start = time.perf_counter()
+        scores = scored(w, models, name, options, reporting)
+        seconds = time.perf_counter() - start
+        found.append(
+            row(name, "lds_fixed", lds(w, scores, reporting), interval(w, scores, reporting), seconds, options)
+        )
+    for step, sides in itertools.product(STEPS, SIDES):
+        options = {"step": step, "sides": sides}
+        scores = directional(w, models[1.0], tuning, **options)
+        name = f"directional, {sides}"
+        found.append(row(name, "lds_fixed_by_step", lds(w, scores, tuning), interval(w, scores, tuning), 0.0, options))
+    return found
+
+
+def row(method: str, metric: str, value: float, ci: list[float], seconds: float, options: Row) -> Row:
+    """One line of the long form."""
+    return {
+        "bench": "gradients", "case": "R0", "tool": "assay", "method": method, "metric": metric, "value": value,
+        "ci": ci, "seconds": seconds, "options": options,
+    }  # fmt: skip
 
 
 def main() -> None:
-    pass
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer targets, halves and options")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    chosen = parser.parse_args()
+    made = rows(chosen.quick)
+    for r in made:
+        low, high = r["ci"]
+        options = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r["options"].items())
+        print(f"{r['method']:<20} {r['metric']:<18} {r['value']:6.3f} [{low:.3f}, {high:.3f}]   {options}")
+    text = json.dumps({"rows": made})
+    if chosen.json:
+        chosen.json.write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
