@@ -8,8 +8,8 @@ as data weights of 0 and 1, all from the same first weights in the same order of
 Target q is minus the margin, f_q = log(1 - p) - log p of test example q. LDS = Spearman's correlation, over the halves,
 of the retrained margin with the sum of a half's scores; averaged over targets (Park et al. 2023, arXiv:2303.14186).
 
-Options are chosen on 25 targets and reported on the other half of them, with a bootstrap interval over targets and
-halves. Scores are of one model, trained on all data from the same first weights.
+Options are chosen on 25 targets of one half of them, and reported on all of the other, with a bootstrap interval over
+targets and halves of the data. Scores are of one model, trained on all data from the same first weights.
 """
 
 from __future__ import annotations
@@ -295,6 +295,7 @@ def rows(quick: bool = False) -> list[Row]:
     found = []
     for name, grid in grids(quick).items():
         options = best(w, models, name, grid, tuning) if len(grid) > 1 else grid[0]
+        w.paths.clear()
         start = time.perf_counter()
         scores = scored(w, models, name, options, reporting)
         seconds = time.perf_counter() - start
