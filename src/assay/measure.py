@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -149,7 +149,8 @@ class Measurer:
         self, run: Run, pool: Pool, target: Pool, *, seed: int = 0, task: Task | None = None,
         models: list[dict[str, Any]] | None = None, encodings: dict[str, Path] | None = None, key: str = "",
         workers: int = 1, batch: int = 64, shard: int = 1024, progress: Progress | None = None,
-        source: list[str] | None = None,
+        source: list[str] | None = None, optimisers: list[dict[str, Any]] | None = None,
+        barred: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         for what, part in (("pool", pool), ("target", target)):
             if not len(part):
@@ -158,6 +159,8 @@ class Measurer:
         self.models, self.encodings, self.key = models or [], encodings or {}, key
         self.workers, self.batch, self.shard, self.progress = workers, batch, shard, progress or Progress()
         self.source = source or []
+        self.optimisers = optimisers or [{} for _ in self.models]
+        self.barred = pool.ids[:0] if barred is None else barred
         self.warnings: list[str] = []
         self._paths: dict[tuple[str, str], Path] = {}
         self._stack: list[_Frame] = []
@@ -203,15 +206,15 @@ class Measurer:
 
     def warn(self, message: str) -> None:
         if self._stack:  # kept with the Table, so that a run that finds it made warns as well
-            held = self._stack[-1].notes.setdefault("warnings", [])
+            held = self._stack[-1].warnings
             held += [message] if message not in held else []
         if message not in self.warnings:
             self.warnings.append(message)
             self.progress.warn(message)
 
-    def note(self, facts: Mapping[str, Any]) -> None:
+    def note(self, what: str, detail: str, **numbers: Any) -> None:
         if self._stack:
-            self._stack[-1].notes.update(facts)
+            self._stack[-1].notes[what] = {"detail": detail, **numbers}
 
     # The driver.
 
@@ -258,21 +261,25 @@ class Measurer:
             self.progress.begin(self._label(method, pool), -(-len(pool) // self.shard))
             state = _one_thread(lambda: method.init(self))  # type: ignore[attr-defined]
             work = self._work(method, state, pool)
-            self._fill(work, part, method.columns(state))  # type: ignore[attr-defined]
+            self._fill(work, part, method.columns(state), frame)  # type: ignore[attr-defined]
         finally:
             self._stack.pop()
         write_json(part / "uses.json", sorted(set(frame.uses)))
         if self.task is not None and uses_model(method) and pool.fingerprint in self.encodings:
-            ledger.spent(self._passes(method) * self.task.forward_flops(work.encoded.sizes))
+            ledger.spent(self._passes(method, state) * self.task.forward_flops(work.encoded.sizes))
 
-    def _passes(self, method: Method) -> float:
-        """Forward passes' worth of work an example: none for a scorer that reads features made by another step."""
+    def _passes(self, method: Method, state: Any) -> float:
+        """Forward passes' worth of work an example: none for a scorer that reads features made by another step.
+
+        A state that counts its own passes, such as a probe, knows better than the method's options.
+        """
         if any(isinstance(c, Featurizer) for c in method.children()):
             return 0.0
         single = isinstance(method, Featurizer) or "model" in method.spec()
-        return PASSES[method.cost] * getattr(method, "passes", 1.0) * (1 if single else len(self.models))  # type: ignore[attr-defined]
+        passes = getattr(state, "passes", getattr(method, "passes", 1.0))
+        return PASSES[method.cost] * passes * (1 if single else len(self.models))  # type: ignore[attr-defined]
 
-    def _fill(self, work: Work, part: Path, columns: tuple[str, ...]) -> None:
+    def _fill(self, work: Work, part: Path, columns: tuple[str, ...], frame: _Frame) -> None:
         pool = work.pool
         spans = range(-(-len(pool) // self.shard))
         self.progress.begin(self._label(work.method, pool), len(spans))
@@ -284,7 +291,7 @@ class Measurer:
         for index, values in zip(missing, local.map(compute, work, missing, workers=workers), strict=True):
             writer.write(index, values)
             self.progress.advance()
-        writer.finish(self._meta(work) | self._stack[-1].notes)
+        writer.finish(self._meta(work) | {"notes": frame.notes, "warnings": frame.warnings})
         self.progress.end()
 
     def _meta(self, work: Work) -> dict[str, Any]:
@@ -308,6 +315,7 @@ class _Frame:
     ledger: Ledger
     uses: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def uses(path: Path) -> list[str]:

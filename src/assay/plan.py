@@ -372,9 +372,8 @@ class _Draft:
             self.add(Step(name, self.text if method.cost == "text" else 0.02, self.base, 8.0 * self.rows))
             return
         seconds = PASSES[method.cost] * method.passes * self.terms * models / self.rates["forward"] / self.busy
-        if method.name == "loss_diff":
-            own = getattr(method, "steps", 0) * getattr(method, "terms_per_step", 0)
-            seconds += own * models / self.rates["train"]
+        target = len(self.target.selecting) * self.terms / self.rows
+        seconds += method.training_terms(self.terms, target) * models / self.rates["train"]
         self.add(Step(name, self._start() + seconds, self.base, 8.0 * self.rows))
 
     def training(self) -> None:

@@ -89,7 +89,12 @@ class Gradients(Featurizer):
                 f"gradients: {len(found.fallback)} parameters have no rule and take the slow path "
                 f"({', '.join(found.fallback[:3])}{', ...' if len(found.fallback) > 3 else ''})"
             )
-        context.note({"gradient_share": found.share, "gradient_error": found.error, "fallback": list(found.fallback)})
+        context.note(
+            "gradients against plain backward passes",
+            f"{PROBE} examples differ by {found.error:.1e} of their size; the layers read hold {100 * found.share:.1f}% "
+            "of the squared norm",
+            share=found.share, error=found.error, fallback=list(found.fallback),
+        )  # fmt: skip
         return replace(state, fallback=frozenset(found.fallback))
 
     def _measure(self, state: _State) -> Any:
