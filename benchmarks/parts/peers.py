@@ -27,7 +27,7 @@ import numpy as np
 
 from .world import World, world
 
-PYTHON = Path(".venv-peers/bin/python")
+PYTHON = Path(__file__).parents[2] / ".venv-peers/bin/python"
 SCRIPTS = Path(__file__).parent / "peer_scripts"
 TRAK_DIMENSIONS = 512
 BLOCK = 4096  # rows of features looked at together
