@@ -91,7 +91,7 @@ class Gradients(Featurizer):
             )
         context.note(
             "gradients against plain backward passes",
-            f"{PROBE} examples differ by {found.error:.1e} of their size; the layers read hold {100 * found.share:.1f}% "
+            f"{PROBE} examples are off by {found.error:.1e} of their size; the layers hold {100 * found.share:.1f}% "
             "of the squared norm",
             share=found.share, error=found.error, fallback=list(found.fallback),
         )  # fmt: skip
