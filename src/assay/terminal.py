@@ -24,8 +24,8 @@ class Bars(Progress):
         self.console = console or Console(stderr=True)
         self.expected: dict[str, float] = {}
         self._done: dict[str, float] = {}
-        self._stage, self._units, self._count, self._label = "", 0, 0, ""
-        self._began = self._start = time.perf_counter()
+        self._stage, self._units, self._count, self._kept, self._label = "", 0, 0, 0, ""
+        self._began = self._start = self._paced = time.perf_counter()
         self._live: Live | None = None
 
     def expect(self, seconds: dict[str, float]) -> None:
@@ -35,13 +35,17 @@ class Bars(Progress):
     def begin(self, stage: str, units: int, label: str = "") -> None:
         if stage != self._stage:  # a method may announce itself once for its preparation and once for its shards
             self._began = time.perf_counter()
-        self._stage, self._units, self._count, self._label = stage, units, 0, label or stage
+        self._stage, self._units, self._count, self._kept, self._label = stage, units, 0, 0, label or stage
+        self._paced = time.perf_counter()
         if self.console.is_terminal and self._live is None:
             self._live = Live(get_renderable=self._line, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def advance(self, units: int = 1) -> None:
         self._count += units
+
+    def skip(self, units: int) -> None:
+        self._count, self._kept = self._count + units, self._kept + units
 
     def end(self) -> None:
         seconds = time.perf_counter() - self._began
@@ -60,11 +64,15 @@ class Bars(Progress):
             self._live = None
 
     def remaining(self) -> float | None:
-        """Seconds left, from the estimates scaled by how long the finished stages took against theirs."""
+        """Seconds left, from the estimates scaled by how long the finished stages took against theirs; without
+        estimates, those of the current stage at its own pace."""
+        if not self.expected:
+            made = self._count - self._kept
+            return (time.perf_counter() - self._paced) * (self._units - self._count) / made if made else None
         names = list(self.expected)
         reached = [i for i, name in enumerate(names) if name in self._done or name == self._stage]
         if not reached:
-            return sum(self.expected.values()) if self.expected else None
+            return sum(self.expected.values())
         part = min(1.0, self._count / self._units) if self._units else 0.0
         current = self.expected.get(self._stage, 0.0)
         # Stages come in this order: what lies before the last one reached and never began was kept from another run.
