@@ -118,7 +118,7 @@ class Work:
             return
         from assay.train.loop import blocks
 
-        for block in blocks(self.encoded.sizes[start:stop], self.area):
+        for block in blocks(self.encoded.lengths[start:stop], self.area):
             for at in range(0, len(block), self.batch):
                 yield rows[block[at : at + self.batch]]
 

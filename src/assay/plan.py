@@ -101,9 +101,8 @@ def _rates(probe: _Probe, worker: int) -> dict[str, float]:
         held[0] = dict(zip(held[0], values, strict=True))
         return float(encoded.sizes[rows].sum())
 
-    blocks = [
-        b[i : i + probe.batch] for b in loop.blocks(encoded.sizes, 2 * loop.AREA) for i in range(0, len(b), probe.batch)
-    ]
+    cut = loop.blocks(encoded.lengths, 2 * loop.AREA)
+    blocks = [b[i : i + probe.batch] for b in cut for i in range(0, len(b), probe.batch)]
     order = rng.permutation(len(blocks))
 
     def forward(at: int) -> float:

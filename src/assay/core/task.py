@@ -27,6 +27,11 @@ class Encoded(ABC):
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Positions each example takes up in a batch, `[n]`: what a batch costs. Its terms, unless told otherwise."""
+        return self.sizes
+
     @abstractmethod
     def inputs(self, rows: np.ndarray) -> Inputs:
         """Tensors for these rows; padding, where there is any, contributes nothing to any loss."""

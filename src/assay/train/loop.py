@@ -57,12 +57,12 @@ def steps(recipe: Recipe, selection: Selection, sizes: np.ndarray) -> Iterator[n
         epoch += 1
 
 
-def blocks(sizes: np.ndarray, area: int = AREA) -> list[np.ndarray]:
-    """Positions cut into micro-batches of like length, each of at most `area` padded terms (at least one row)."""
-    order = np.argsort(sizes, kind="stable")
+def blocks(lengths: np.ndarray, area: int = AREA) -> list[np.ndarray]:
+    """Positions cut into micro-batches of like length, each of at most `area` padded positions (at least one row)."""
+    order = np.argsort(lengths, kind="stable")
     cut, start = [], 0
     for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * sizes[order[end]] > area:
+        if end == len(order) or (end + 1 - start) * lengths[order[end]] > area:
             cut.append(order[start:end])
             start = end
     return cut
@@ -74,7 +74,7 @@ def gradient(
     """Gradient of `(1/T) sum_i w_i n_i loss_i`, and that sum; accumulated over micro-batches of like length."""
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     total, value = [torch.zeros_like(p) for p in leaves.values()], 0.0
-    for block in blocks(encoded.sizes[rows]):
+    for block in blocks(encoded.lengths[rows]):
         nll, mask = task.terms(leaves, encoded.inputs(rows[block]))
         w = torch.as_tensor(weights[block], dtype=nll.dtype)
         loss = (nll * mask).sum(dim=1) @ w / terms
@@ -203,7 +203,7 @@ def fingerprint(params: Params) -> str:
 def evaluate(task: Task, params: Params, encoded: Encoded, *, area: int = 2 * AREA) -> dict[str, np.ndarray]:
     """`loss` (the task's measure) of each example, `[n]` float64, and the task's further metrics."""
     found: dict[str, np.ndarray] = {}
-    for block in blocks(encoded.sizes, area):
+    for block in blocks(encoded.lengths, area):
         batch = encoded.inputs(block)
         numbers = {"loss": task.measure(params, batch), **task.metrics(params, batch)}
         for name, value in numbers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +72,7 @@ class Decoder(nn.Module):
 def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Initial values keyed by (seed, parameter name), so that no parameter depends on another's draw.
 
-    Norm gains 1, biases 0, embeddings N(0, .02^2), matrices N(0, 1/fan_in); those that write into the residual
+    Gains 1, biases 0, embeddings N(0, .02^2), matrices N(0, 1/fan_in); those that write into the residual
     stream (`out`, `down`) are smaller by sqrt(2 layers), and the readout `head` by a further 1/sqrt(fan_in) down to
     small logits.
     """
@@ -80,38 +81,73 @@ def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
     for name, p in module.named_parameters():
         key = xxhash.xxh3_64_intdigest(canonical([seed, name]).encode()) >> 1
         draw = torch.randn(p.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+        owner = name.rpartition(".")[0]
         if p.dim() < 2:
-            value = torch.ones(p.shape) if "norm" in name and name.endswith(".weight") else torch.zeros(p.shape)
-        elif name.split(".")[0] in ("token", "position"):
+            value = torch.ones(p.shape) if name.endswith(".weight") else torch.zeros(p.shape)
+        elif isinstance(module.get_submodule(owner), nn.Embedding):
             value = draw * 0.02
         else:
-            scale = p.shape[1] ** -0.5
-            scale *= (2 * depth) ** -0.5 if name.split(".")[-2] in ("out", "down") else 1.0
-            scale *= p.shape[1] ** -0.5 if name.split(".")[-2] == "head" else 1.0
+            last, scale = owner.rpartition(".")[2], p[0].numel() ** -0.5
+            scale *= (2 * depth) ** -0.5 if last in ("out", "down") else 1.0
+            scale *= p[0].numel() ** -0.5 if last == "head" else 1.0
             value = draw * scale
         values[name] = value.to(dtype)
     return values
 
 
-class _Tokens(Encoded):
-    """Token ids of all documents end to end in one memory-mapped file, with offsets."""
+def with_params(module: nn.Module, params: Params, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(module, *args)` while the module's parameters are `params`."""
+    return functional_call(_Bound(module, function), {f"inner.{k}": v for k, v in params.items()}, args)
 
-    def __init__(self, path: Path, eot: int) -> None:
+
+class _Bound(nn.Module):
+    """Lets `functional_call` reach any function of a module."""
+
+    def __init__(self, inner: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.inner, self.function = inner, function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self.inner, *args)
+
+
+def write_tokens(path: Path, documents: Iterable[list[int]], vocab: int) -> None:
+    """Token ids of documents as `Tokens` reads them."""
+    dtype = np.dtype(np.uint16 if vocab <= 1 << 16 else np.uint32)
+    lengths: list[int] = []
+    with open(path / "tokens.bin", "wb") as file:
+        for ids in documents:
+            file.write(np.array(ids, dtype=dtype).tobytes())
+            lengths.append(len(ids))
+    np.save(path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), allow_pickle=False)
+    write_json(path / "tokens.json", {"dtype": dtype.str, "documents": len(lengths)})
+
+
+class Tokens(Encoded):
+    """Token ids of all documents end to end in one memory-mapped file, with offsets. The model is fed `start` and all
+    targets but the last.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
         info = json.loads((path / "tokens.json").read_text())
         self.offsets = np.load(path / "offsets.npy", allow_pickle=False)
         self.sizes = np.diff(self.offsets)
         size = int(self.offsets[-1])
         self.flat = np.memmap(path / "tokens.bin", info["dtype"], "r", shape=(size,)) if size else np.zeros(0, np.int64)
-        self.eot = eot
+        self.start = start
+
+    def padded(self, rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of these rows, filled up at the end, `[b, t]`, and where they stand, `[b, t]`."""
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        longest = int(lengths.max(initial=1))
+        ids = np.full((len(rows), longest), fill, dtype=np.int64)
+        for line, row in enumerate(rows):
+            ids[line, : lengths[line]] = self.flat[self.offsets[row] : self.offsets[row + 1]]
+        return ids, np.arange(longest)[None, :] < lengths[:, None]
 
     def inputs(self, rows: np.ndarray) -> Inputs:
-        lengths = self.sizes[rows]
-        longest = int(lengths.max(initial=1))
-        targets = np.full((len(rows), longest), self.eot, dtype=np.int64)
-        for line, row in enumerate(rows):
-            targets[line, : lengths[line]] = self.flat[self.offsets[row] : self.offsets[row + 1]]
-        tokens = np.concatenate([np.full((len(rows), 1), self.eot), targets[:, :-1]], axis=1)
-        mask = np.arange(longest)[None, :] < lengths[:, None]
+        targets, mask = self.padded(rows, self.start)
+        tokens = np.concatenate([np.full((len(rows), 1), self.start), targets[:, :-1]], axis=1)
         return {
             "tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets),
             "mask": torch.from_numpy(mask.astype(np.float32)),
@@ -148,19 +184,16 @@ class LanguageModel(Task):
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(self.tokenizer)
-        dtype = np.dtype(np.uint16 if self.vocab <= 1 << 16 else np.uint32)
-        lengths: list[int] = []
-        with open(path / "tokens.bin", "wb") as file:
+
+        def documents() -> Iterator[list[int]]:
             for shard in pool.shards(2048):
                 for code in tokenizer.encode_batch(shard.column("text"), add_special_tokens=False):
-                    ids = (code.ids[: self.context] + [0])[: self.context]
-                    file.write(np.array(ids, dtype=dtype).tobytes())
-                    lengths.append(len(ids))
-        np.save(path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), allow_pickle=False)
-        write_json(path / "tokens.json", {"dtype": dtype.str, "documents": len(lengths)})
+                    yield (code.ids[: self.context] + [0])[: self.context]
+
+        write_tokens(path, documents(), self.vocab)
 
     def encoded(self, path: Path) -> Encoded:
-        return _Tokens(path, 0)
+        return Tokens(path, 0)
 
     def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
         nll = functional_call(self.module, dict(params), (batch["tokens"], batch["targets"]))
@@ -168,26 +201,13 @@ class LanguageModel(Task):
 
     def hidden(self, params: Params, batch: Inputs) -> Tensor:
         """Final hidden states, `[b, t, width]`."""
-        module = self.module
-        assert isinstance(module, Decoder)
-        return functional_call(_Hidden(module), {f"inner.{k}": v for k, v in params.items()}, (batch["tokens"],))
+        return with_params(self.module, params, Decoder.hidden, batch["tokens"])
 
     def forward_flops(self, terms: np.ndarray) -> float:
         """2 x (weights of matrices) a token, and 4 x width x length/2 a token and layer for causal attention."""
         t = np.asarray(terms, dtype=np.float64)
         matrices = self.layers * 12 * self.width**2 + self.width * self.vocab
         return float((2 * matrices * t + 2 * self.layers * self.width * t * t).sum())
-
-
-class _Hidden(nn.Module):
-    """Lets `functional_call` reach `Decoder.hidden`."""
-
-    def __init__(self, inner: Decoder) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.inner.hidden(tokens)
 
 
 class Perceptron(nn.Module):
@@ -202,6 +222,18 @@ class Perceptron(nn.Module):
         for layer in self.layers[:-1]:
             x = F.gelu(layer(x))
         return self.layers[-1](x)
+
+
+def check_labels(labels: np.ndarray, classes: int) -> None:
+    """Raises `InputError` unless all are in 0..classes-1."""
+    if len(labels) and not (0 <= labels.min() and labels.max() < classes):
+        raise InputError(f"labels run from {labels.min()} to {labels.max()}", fix=f"they must be in 0..{classes - 1}")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """log p_y - log(1 - p_y), computed as logit_y - logsumexp of the others; `[b]`."""
+    own = logits.gather(1, y[:, None])
+    return own[:, 0] - logits.scatter(1, y[:, None], float("-inf")).logsumexp(dim=1)
 
 
 class _Vectors(Encoded):
@@ -238,10 +270,7 @@ class Classifier(Task):
             raise InputError(
                 f"vectors have {pixels.shape[1]} numbers, the task says {self.inputs}", fix="set task.inputs"
             )
-        if len(labels) and not (0 <= labels.min() and labels.max() < self.classes):
-            raise InputError(
-                f"labels run from {labels.min()} to {labels.max()}", fix=f"they must be in 0..{self.classes - 1}"
-            )
+        check_labels(labels, self.classes)
         for name, array in (("pixels", pixels), ("labels", labels)):
             np.save(path / f"{name}.npy", array, allow_pickle=False)
 
@@ -258,10 +287,7 @@ class Classifier(Task):
 
     def margin(self, params: Params, batch: Inputs) -> Tensor:
         """log p_y - log(1 - p_y), computed as logit_y - logsumexp of the others; `[b]`."""
-        z = self.logits(params, batch)
-        own = z.gather(1, batch["y"][:, None])
-        others = z.scatter(1, batch["y"][:, None], float("-inf")).logsumexp(dim=1)
-        return own[:, 0] - others
+        return margin(self.logits(params, batch), batch["y"])
 
     def metrics(self, params: Params, batch: Inputs) -> dict[str, Tensor]:
         return {"accuracy": (self.logits(params, batch).argmax(dim=1) == batch["y"]).double()}
