@@ -298,6 +298,26 @@ class Classifier(Task):
         return float(np.sum(terms)) * 2 * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
 
 
+TASKS: tuple[type[LanguageModel] | type[Classifier], ...] = (LanguageModel, Classifier)
+
+
+def write_task(path: Path, task: Task) -> None:
+    """A built-in task as JSON, tokenizer and all: what a checkpoint needs beside it to be used elsewhere."""
+    if isinstance(task, TASKS):
+        write_json(path, {"task": task.describe()["task"], **asdict(task)})
+
+
+def read_task(path: Path) -> Task:
+    """What `write_task` wrote. Raises `InputError` when it is no such file."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind = {"text": LanguageModel, "classifier": Classifier}[fields.pop("task")]
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error) or type(error).__name__
+        raise InputError("not a task that assay wrote", where=path, why=why, fix="run the study again") from error
+
+
 def train_tokenizer(pool: Pool, *, vocab: int, sample: int = 20_000, seed: int = 0) -> str:
     """Byte-level BPE (Sennrich 2016) on a keyed sample of the pool's texts; JSON. Independent of the pool's order."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
