@@ -178,6 +178,42 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
     console.print(Text(text, "bold"))
 
 
+def show_store(facts: dict[str, Any], console: Console | None = None) -> None:
+    """What writing a store took."""
+    console = console or Console()
+    number, count = facts["part"]
+    part = f" (part {number} of {count})" if count > 1 else ""
+    made, rows = facts["computed"], facts["rows"]
+    console.print(f"{rows:,} examples x {facts['columns']:,} features{part}, {size(facts['bytes'])} on disk")
+    if made:
+        kept = ", the others were there" if made < rows else ""
+        pace = f"{facts['rows_per_second']:,.0f} examples/s, {facts['tokens_per_second']:,.0f} tokens/s"
+        console.print(f"{made:,} computed in {duration(facts['seconds'])}{kept}: {pace}")
+    else:
+        console.print("nothing to compute: all of them were there, and are what their checksums say")
+    if facts["zero_rows"] or facts["underflow"]:
+        console.print(f"{facts['zero_rows']:,} rows are zero; {facts['underflow']:,} entries are too small for float16")
+    console.print(f"{duration(facts['wall'])}, {size(facts['peak_rss'])} of memory\nstore: {facts['store']}")
+
+
+def show_scores(found: dict[str, Any], console: Console | None = None) -> None:
+    """The spread of each method's scores, and the best examples."""
+    console = console or Console()
+    title = f"{found['rows']:,} examples scored for {found['target']:,} of the target"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("method", "lowest", "median", "highest", "above zero", "best ids"):
+        table.add_column(name, justify="left" if name in ("method", "best ids") else "right", no_wrap=True)
+    for name, spread in found["methods"].items():
+        numbers = [f"{spread[k]:+.3g}" for k in ("lowest", "median", "highest")]
+        best = Text(" ".join(one["id"] for one in spread["top"][:3]), overflow="ellipsis")
+        table.add_row(Text(name), *numbers, f"{spread['positive']:.0%}", best)
+    console.print(table)
+    console.print(
+        Text("positive = adding the example lowers the target's loss; methods have units of their own", "dim")
+    )
+    console.print(f"{duration(found['wall'])}, {size(found['peak_rss'])} of memory\nscores: {found['out']}")
+
+
 def show_methods(entries: list[dict[str, Any]], console: Console | None = None) -> None:
     """All methods by kind, with their options."""
     console = console or Console()

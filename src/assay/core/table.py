@@ -239,7 +239,7 @@ class TableWriter:
             raise InputError(
                 f"{len(bad)} rows have numbers that are not finite, the first is id {first!r}",
                 where=self.path,
-                why=f"NaN or infinity, or over the range of {np.dtype(np.float32) if norms is not None else self.dtype}",
+                why=f"NaN or infinity, or over the range of {self.dtype if norms is None else np.dtype(np.float32)}",
                 fix="look at that example; lower the learning rate if the model diverged",
             )
         marker: dict[str, Any] = {"rows": stop - start, "key": self._key(index), "counts": counts}
