@@ -14,7 +14,7 @@ from assay.core.errors import InputError
 from assay.core.keys import decode_ids, encode_ids, hash_ids, shuffled, uniform, write_bytes
 from assay.core.pool import Pool, PoolWriter, positions
 from assay.core.selection import Budget, Selection
-from assay.core.table import Table, TableWriter
+from assay.core.table import COUNTS, Table, TableWriter
 from assay.core.target import Target
 
 IDS = encode_ids(f"row{i}" for i in range(11))
@@ -34,7 +34,7 @@ def on_disk(path: Path) -> Table:
 def test_shards_in_any_order_make_the_table(tmp_path):
     table = on_disk(tmp_path)
     assert np.array_equal(table.values, VALUES) and decode_ids(table.ids) == decode_ids(IDS)
-    assert table.meta == {"unit": "nats", "coverage": 1.0, "nan": 0}
+    assert table.meta == {"unit": "nats", "coverage": 1.0, "nan": 0, **dict.fromkeys(COUNTS, 0)}
     fresh = Table.open(tmp_path)
     assert [len(block) for block in fresh.shards()] == [4, 4, 3]
     for start, stop in ((0, 11), (3, 5), (4, 8), (10, 11), (5, 5)):

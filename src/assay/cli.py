@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,6 +139,62 @@ def _listed(names: str) -> list[str]:
 
 
 @app.command()
+def featurize(
+    pool: Annotated[str, typer.Option(help="File, directory, glob or URL of the pool.")],
+    model: Annotated[str, typer.Option(help="Directory of a transformers model, or of an `assay run`.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the store; continued and mended if it is there.")],
+    text_column: Annotated[str | None, typer.Option(help="Column of the text.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of ids; default: ids from content.")] = None,
+    method: Annotated[str, typer.Option(help="The featurizer.")] = "gradients",
+    context: Annotated[int | None, typer.Option(min=1, help="Longest text in tokens (transformers models).")] = None,
+    part: Annotated[str, typer.Option(help="2/4: the second of four parts, each into a store of its own.")] = "1/1",
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="An option of the featurizer (rank=8), or shard, batch, area. Repeatable."),
+    ] = None,
+    json_: Json = False, quiet: Quiet = False, workers: Workers = None, replace: Replace = False,
+) -> None:  # fmt: skip
+    """Write the features of a pool to a store, once; `assay score` reads them for any target."""
+    from assay import store, terminal
+
+    order = store.order(
+        pool, model, method=method, sets=sets or [], part=part, text=text_column, id=id_column, context=context
+    )
+    command = shlex.join(["assay", *sys.argv[1:]])
+    with _watched(out, command, quiet or json_) as bars:
+        facts = store.featurize(order, out, workers=workers, progress=bars, replace=replace, command=command)
+    if json_:
+        typer.echo(json.dumps(facts))
+    elif not quiet:
+        terminal.show_store(facts)
+
+
+@app.command()
+def score(
+    stores: Annotated[list[Path], typer.Argument(help="A store, or all parts of one.", metavar="STORE...")],
+    target: Annotated[str, typer.Option(help="File of the target: what the model should do well.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "graddot,gradcos,trak",
+    out: Annotated[Path, typer.Option("--out", help="Parquet file of the scores, by id.")] = Path("scores.parquet"),
+    text_column: Annotated[str | None, typer.Option(help="Column of the target's text; default: the store's.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the target's ids.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the store's model is now, if it was moved.")] = None,
+    json_: Json = False, quiet: Quiet = False, workers: Workers = None,
+) -> None:  # fmt: skip
+    """Score the examples of a store for a target: reads features, not the pool."""
+    from assay import store, terminal
+
+    with _watched(out, shlex.join(["assay", *sys.argv[1:]]), quiet or json_) as bars:
+        found = store.score(
+            stores, target, methods=_listed(methods), out=out, text=text_column, id=id_column, model=model,
+            workers=workers, progress=bars,
+        )  # fmt: skip
+    if json_:
+        typer.echo(json.dumps(found))
+    elif not quiet:
+        terminal.show_scores(found)
+
+
+@app.command()
 def plan(
     study: Annotated[str, typer.Argument(help="A study in TOML, or demo:text, demo:digits.")],
     sets: Sets = None, json_: Json = False, workers: Workers = None,
@@ -244,36 +302,39 @@ def _demo(name: str, changes: list[str]) -> Any:
     return studies.load(Path(__file__).parent / "demos" / f"{name}.toml", changes)
 
 
-def _run(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, replace: bool) -> None:
-    from assay import plan as planner
+@contextlib.contextmanager
+def _watched(out: Path, command: str, silent: bool) -> Iterator[Any]:
+    """Progress of one long call; Ctrl-C and failures of the machine become messages."""
     from assay import terminal
     from assay.core.progress import Progress
-    from assay.job import run_study
-    from assay.report.page import build
 
-    bars = Progress() if quiet or json_ else terminal.Bars()
-    live = bars if isinstance(bars, terminal.Bars) and bars.console.is_terminal else None
-    estimate = (lambda job: live.expect(planner.expectation(job))) if live else None
-    command = shlex.join(["assay", *sys.argv[1:]])
+    bars = Progress() if silent else terminal.Bars()
     try:
-        result = run_study(
-            study,
-            out,
-            workers=workers,
-            progress=bars,
-            replace=replace,
-            command=command,
-            report=build,
-            estimate=estimate,
-        )
+        yield bars
     except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted: finished steps are kept in {out}; to go on, run again:\n  {command}", err=True)
+        typer.echo(f"\ninterrupted: finished work is kept in {out}; to go on, run again:\n  {command}", err=True)
         raise typer.Exit(130) from None
     except OSError as error:
         raise _os_error(error, out) from error
     finally:
         if isinstance(bars, terminal.Bars):
             bars.close()
+
+
+def _run(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, replace: bool) -> None:
+    from assay import plan as planner
+    from assay import terminal
+    from assay.job import run_study
+    from assay.report.page import build
+
+    command = shlex.join(["assay", *sys.argv[1:]])
+    with _watched(out, command, quiet or json_) as bars:
+        live = bars if isinstance(bars, terminal.Bars) and bars.console.is_terminal else None
+        estimate = (lambda job: live.expect(planner.expectation(job))) if live else None
+        result = run_study(
+            study, out, workers=workers, progress=bars, replace=replace, command=command, report=build,
+            estimate=estimate,
+        )  # fmt: skip
     if json_:
         brief = {
             k: result[k]

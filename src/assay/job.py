@@ -25,7 +25,7 @@ from assay.core.run import Ledger, Meter, Run, environment
 from assay.core.selection import Budget, Selection
 from assay.core.target import Target
 from assay.data import gate, readers
-from assay.data.ingest import ingest, store
+from assay.data.ingest import read_step, store
 from assay.engine import local
 from assay.measure import Measurer, uses_model
 from assay.study import Study
@@ -83,12 +83,10 @@ def read_pool(job: Job) -> None:
     if study.pool.builtin:
         pool, target, job.truth = _builtin(job)
     else:
-        pool = Pool.open(_ingested(job, "pool"))
-        job.quarantined = _quarantine(job, "pool")
+        pool, job.quarantined = _ingested(job, "pool")
         target = None
         if study.target.path is not None:
-            target = Pool.open(_ingested(job, "target"))
-            _quarantine(job, "target")
+            target, _ = _ingested(job, "target")
     job.progress.advance()
     if target is None:
         pool, target = _held_out(study, pool)
@@ -131,7 +129,8 @@ def _builtin(job: Job) -> tuple[Pool, Pool, dict[bytes, str]]:
     return Pool.open(path / "pool"), Pool.open(path / "target"), kinds
 
 
-def _ingested(job: Job, what: str) -> Path:
+def _ingested(job: Job, what: str) -> tuple[Pool, dict[str, Any]]:
+    """The pool of the study's pool or target, and what was set aside: the user is told how many rows and why."""
     spec = job.study.pool if what == "pool" else job.study.target
     assert spec.path is not None
     columns: dict[str, Any] = {"text": spec.text, "id": spec.id, "max_chars": spec.max_chars}
@@ -139,30 +138,12 @@ def _ingested(job: Job, what: str) -> Path:
         columns |= {"image": job.study.pool.image, "domain": job.study.pool.domain, "keep": job.study.pool.keep}
     elif job.study.target.group:
         columns |= {"keep": (job.study.target.group,)}
+    key = spec.model_dump(mode="json", exclude={"path", "sample", "truth"})
     source = readers.Source(paths=spec.path, **columns)
-    key = readers.fingerprint(source), spec.model_dump(mode="json", exclude={"path", "sample", "truth"})
-    return job.run.step(
-        f"read-{what}",
-        key,
-        lambda part, _: void(ingest(source, part, what=what, max_bad=spec.max_bad)),
-        label=f"read {what}",
-    )
-
-
-def void(_: object) -> None:
-    """Drops a value where a callback must return nothing."""
-
-
-def _quarantine(job: Job, what: str) -> dict[str, Any]:
-    """The rows that were set aside when a file was read; the user is told how many and why."""
-    name = next(n for n in job.run.used if n.startswith(f"read-{what}"))
-    step = job.run.path / "steps" / name
-    found = json.loads((step / "pool.json").read_text(encoding="utf-8"))["quarantined"]
-    if found["total"]:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in found["reasons"].items())
-        rows = "1 row" if found["total"] == 1 else f"{found['total']} rows"
-        job.warn(f"{rows} of the {what} set aside: {reasons} (see {step / 'quarantine.jsonl'})")
-    return found
+    step, quarantined, told = read_step(job.run, source, what=what, max_bad=spec.max_bad, key=key)
+    if told:
+        job.warn(told)
+    return Pool.open(step), quarantined
 
 
 def _held_out(study: Study, pool: Pool) -> tuple[Pool, Pool]:
@@ -283,7 +264,7 @@ def train_proxies(job: Job) -> None:
     job.measurer = Measurer(
         job.run, job.pool, job.target.selecting, seed=study.seed, task=task, models=models, encodings=job.encodings,
         key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch, shard=study.shard,
-        progress=job.progress, source=job.source, optimisers=optimisers, barred=job.hits.ids,
+        area=study.area, progress=job.progress, source=job.source, optimisers=optimisers, barred=job.hits.ids,
     )  # fmt: skip
 
 
@@ -306,6 +287,8 @@ def _train_proxy(shared: _Proxy, item: tuple[Any, Path]) -> dict[str, float]:
 
 
 def _proxies(job: Job, task: Task, recipe: Any, rows: np.ndarray) -> list[Path]:
+    from assay.train.models import write_task
+
     encoded, everything = job.encodings[job.pool.fingerprint], Selection.everything(job.pool.ids[rows])
     done, missing = [], []
     for k in range(job.study.proxy.models):
@@ -324,6 +307,7 @@ def _proxies(job: Job, task: Task, recipe: Any, rows: np.ndarray) -> list[Path]:
     items = [(own, part) for own, part, _, _ in missing]
     costs = local.map(_train_proxy, _Proxy(task, encoded, rows, everything), items, workers=job.workers)
     for (own, part, final, about), cost in zip(missing, costs, strict=True):
+        write_task(part / "task.json", task)
         flops = task.training_flops(job.sizes[rows], own.steps * own.terms_per_step)
         job.run.commit(final, part, about, {"stage": "train scoring model", "flops": flops, **cost})
         job.progress.advance()
@@ -409,7 +393,7 @@ def run_study(
     bytes, but for clocks and memory.
     """
     progress = progress or Progress()
-    run = Run.open(out, study.spec(), replace=replace)
+    run = Run.open(out, study.spec(), replace=replace, command=command)
     job = Job(study, run, workers or local.default_workers(), progress, command)
     try:
         for arm in study.contestants():

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=Method)
 
+# Padded terms (rows x longest) of one batch of a model's method: bounds its memory, whatever the documents' length.
+AREA = 1536
+# A table of features with more zero rows than this share is a mistake somewhere above.
+MOST_ZERO = 0.5
 # Forward passes' worth of work for one example: what the ledger and the plan count with.
 PASSES = {"none": 0.0, "text": 0.0, "forward": 1.0, "gradient": 3.0, "retrain": 3.0}
 
@@ -77,6 +81,8 @@ class Work:
     tables: dict[str, Path]
     batch: int
     shard: int
+    area: int = AREA
+    writer: TableWriter | None = None
     _open: dict[str, Table] = field(default_factory=dict)
     _held: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
 
@@ -107,12 +113,12 @@ class Work:
     def batches(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Positions of one shard, in batches. With a model: of like length, so that little is padding."""
         rows = np.arange(start, stop)
-        if self.task is None or not uses_model(self.method):
+        if self.task is None or self.path is None or not uses_model(self.method):
             yield rows
             return
-        from assay.train.loop import AREA, blocks
+        from assay.train.loop import blocks
 
-        for block in blocks(self.encoded.lengths[start:stop], 2 * AREA):
+        for block in blocks(self.encoded.lengths[start:stop], self.area):
             for at in range(0, len(block), self.batch):
                 yield rows[block[at : at + self.batch]]
 
@@ -138,6 +144,12 @@ def compute(work: Work, index: int) -> np.ndarray:
     return result
 
 
+def publish(work: Work, index: int) -> None:
+    """Compute one shard and write it where it belongs: no numbers travel between processes."""
+    assert work.writer is not None
+    work.writer.write(index, compute(work, index))
+
+
 def _numpy(values: Any) -> np.ndarray:
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
 
@@ -148,7 +160,7 @@ class Measurer:
     def __init__(
         self, run: Run, pool: Pool, target: Pool, *, seed: int = 0, task: Task | None = None,
         models: list[dict[str, Any]] | None = None, encodings: dict[str, Path] | None = None, key: str = "",
-        workers: int = 1, batch: int = 64, shard: int = 1024, progress: Progress | None = None,
+        workers: int = 1, batch: int = 64, shard: int = 1024, area: int = AREA, progress: Progress | None = None,
         source: list[str] | None = None, optimisers: list[dict[str, Any]] | None = None,
         barred: np.ndarray | None = None,
     ) -> None:  # fmt: skip
@@ -157,21 +169,24 @@ class Measurer:
                 raise InputError(f"the {what} is empty", why="nothing can be measured", fix="give at least 1 example")
         self.run, self.pool, self.target, self.seed, self.task = run, pool, target, seed, task
         self.models, self.encodings, self.key = models or [], encodings or {}, key
-        self.workers, self.batch, self.shard, self.progress = workers, batch, shard, progress or Progress()
-        self.source = source or []
+        self.workers, self.batch, self.shard, self.area = workers, batch, shard, area
+        self.progress, self.source = progress or Progress(), source or []
         self.optimisers = optimisers or [{} for _ in self.models]
         self.barred = pool.ids[:0] if barred is None else barred
         self.warnings: list[str] = []
+        self.computed = 0
+        """Rows that this object computed itself; the others were found made."""
+        self._prints: dict[int, str] = {}
         self._paths: dict[tuple[str, str], Path] = {}
         self._stack: list[_Frame] = []
 
     # What methods see (the `Context` protocol).
 
     def table(self, method: Method) -> Table:
-        return Table.open(self.path(method, self.pool))
+        return self._opened(method, self.pool)
 
     def target_table(self, method: Method) -> Table:
-        return Table.open(self.path(method, self.target))
+        return self._opened(method, self.target)
 
     def members(self, method: M) -> list[M]:
         if "model" not in {f.name for f in dataclasses.fields(method)}:
@@ -197,8 +212,13 @@ class Measurer:
                 yield Rows(work, rows)
 
     def sample(self, count: int) -> Rows:
-        order = np.argsort(hash_ids(self.pool.ids, "sample", self.seed), kind="stable")
-        return Rows(self._work(self._stack[-1].method, None, self.pool), order[:count])
+        # Where the pool itself is not read as a whole, its sample is; a pool of bare ids has the target speak for it.
+        pool = self.pool if self.pool.columns else self.target
+        rows = np.argsort(hash_ids(pool.ids, "sample", self.seed), kind="stable")[:count]
+        if pool.fingerprint not in self.encodings and self.task is not None:
+            pool, rows = pool.at(rows), np.arange(len(rows))
+            self.encoded(pool)
+        return Rows(self._work(self._stack[-1].method, None, pool), rows)
 
     def spent(self, flops: float) -> None:
         if self._stack:
@@ -222,11 +242,16 @@ class Measurer:
         """The directory of a method's Table over a pool, computed unless it is there."""
         held = canonical(method.spec()), pool.fingerprint
         if held not in self._paths:
-            kind = "features" if isinstance(method, Featurizer) else "scores"
-            path = self.run.step(
-                f"{kind}-{method.name.rpartition('.')[2]}", self._key(method, pool),
-                lambda part, ledger: self._build(method, pool, part, ledger), label=self._label(method, pool),
-            )  # fmt: skip
+            kind, made = "features" if isinstance(method, Featurizer) else "scores", []
+
+            def build(part: Path, ledger: Ledger) -> None:
+                made.append(part)
+                self._build(method, pool, part, ledger)
+
+            name, label = f"{kind}-{method.name.rpartition('.')[2]}", self._label(method, pool)
+            path = self.run.step(name, self._key(method, pool), build, label=label)
+            if not made:
+                self._mend(method, pool, path)
             self._paths[held] = path
             for message in Table.open(path).meta.get("warnings", []):
                 self.warn(message)
@@ -236,13 +261,50 @@ class Measurer:
             self._stack[-1].uses.append(self._paths[held].name)
         return self._paths[held]
 
+    def given(self, method: Method, pool: Pool, path: Path) -> None:
+        """Take a method's Table over a pool from elsewhere."""
+        self._paths[canonical(method.spec()), pool.fingerprint] = path
+
+    def _opened(self, method: Method, pool: Pool) -> Table:
+        """A method's Table, made with the models that this object has. Raises `InputError` when it was not."""
+        table = Table.open(self.path(method, pool))
+        made = table.meta.get("checkpoints")
+        if uses_model(method) and made != self.checkpoints(method):
+            raise InputError(
+                f"{method.name} was computed with the weights of another model", where=self.path(method, pool),
+                why=f"their hashes are {made}, those of the models given {self.checkpoints(method)}",
+                fix="give the model that it was made with, or choose another --out",
+            )  # fmt: skip
+        return table
+
+    def checkpoints(self, method: Method) -> list[str]:
+        """Hashes of the weights that a method uses: of one model if it names it, else of all."""
+        from assay.train.loop import fingerprint
+
+        used = [method.model] if hasattr(method, "model") else range(len(self.models))  # type: ignore[attr-defined]
+        for k in used:
+            if k not in self._prints:
+                self._prints[k] = fingerprint(self.models[k])
+        return [self._prints[k] for k in used]
+
+    def _mend(self, method: Method, pool: Pool, path: Path) -> None:
+        """Compute the shards of a finished Table anew that are missing or damaged, and no others."""
+        try:
+            if Table.open(path).intact():
+                return
+        except InputError:
+            pass
+        self.progress.warn(f"{path} is damaged: the shards that are not whole are computed anew")
+        self._build(method, pool, path, Ledger())
+
     def _key(self, method: Method, pool: Pool) -> dict[str, Any]:
         return {
             "method": method.spec(), "code": [m.code() for m in _family(method)], "pool": pool.fingerprint,
             # Features do not look at the target: another target finds them made.
             "target": None if isinstance(method, Featurizer) else self.target.fingerprint,
             "reference": self.pool.fingerprint, "seed": self.seed, "source": self.source,
-            "models": self.key if uses_model(method) else "", "batch": self.batch, "shard": self.shard,
+            "models": self.key if uses_model(method) else "",
+            "batch": self.batch, "shard": self.shard, "area": self.area,
         }  # fmt: skip
 
     def _label(self, method: Method, pool: Pool) -> str:
@@ -252,7 +314,7 @@ class Measurer:
     def _work(self, method: Method, state: Any, pool: Pool) -> Work:
         path = self.encodings.get(pool.fingerprint)
         tables = {spec: p for (spec, fingerprint), p in self._paths.items() if fingerprint == pool.fingerprint}
-        return Work(method, state, pool, self.task, path, tables, self.batch, self.shard)
+        return Work(method, state, pool, self.task, path, tables, self.batch, self.shard, self.area)
 
     def _build(self, method: Method, pool: Pool, part: Path, ledger: Ledger) -> None:
         frame = _Frame(method, ledger)
@@ -283,15 +345,22 @@ class Measurer:
         pool = work.pool
         spans = range(-(-len(pool) // self.shard))
         self.progress.begin(self._label(work.method, pool), len(spans))
-        dtype = np.float32 if isinstance(work.method, Featurizer) else np.float64
-        writer = TableWriter(part, pool.ids, columns, shard_rows=self.shard, dtype=dtype)
+        dtype = work.method.store if isinstance(work.method, Featurizer) else np.float64
+        work.writer = writer = TableWriter(part, pool.ids, columns, shard_rows=self.shard, dtype=dtype)
         missing = [i for i in spans if not writer.has(i)]
-        self.progress.advance(len(spans) - len(missing))
+        self.progress.skip(len(spans) - len(missing))
         workers = self.workers if uses_model(work.method) or len(pool) > 20 * self.shard else 1
-        for index, values in zip(missing, local.map(compute, work, missing, workers=workers), strict=True):
-            writer.write(index, values)
+        for _ in local.map(publish, work, missing, workers=workers):
             self.progress.advance()
-        writer.finish(self._meta(work) | {"notes": frame.notes, "warnings": frame.warnings})
+        self.computed += sum(stop - start for start, stop in map(writer.span, missing))
+        table = writer.finish(self._meta(work) | {"notes": frame.notes, "warnings": frame.warnings})
+        zero = table.meta["zero_rows"]
+        if isinstance(work.method, Featurizer) and zero > MOST_ZERO * len(table):
+            raise InputError(
+                f"{zero} of {len(table)} rows of {work.method.name} are zero", where=part,
+                why="examples without features cannot be told apart",
+                fix="look at the model: weights that are zero or have diverged, or a loss that does not reach them",
+            )  # fmt: skip
         self.progress.end()
 
     def _meta(self, work: Work) -> dict[str, Any]:
@@ -301,8 +370,9 @@ class Measurer:
         return {
             "estimator": method.spec(), "code": method.code(), "sign": "higher = keep",
             "unit": getattr(method, "unit", "vector"), "measures_utility": getattr(method, "measures_utility", False),
-            "target": self.target.fingerprint, "pool": work.pool.fingerprint,
-            "models": self.key if model else None, "seed": self.seed,
+            "target": None if isinstance(method, Featurizer) else self.target.fingerprint,
+            "pool": work.pool.fingerprint, "models": self.key if model else None, "seed": self.seed,
+            "checkpoints": self.checkpoints(method) if model else None,
             "loss_reduction": self.task.reduction if model and self.task else None, "device": "cpu",
         }  # fmt: skip
 

@@ -350,8 +350,11 @@ class _Draft:
             if getattr(feature, "cost", "") == "forward"
             else self.rates.get("gradient", self.rates["train"])
         )
-        seconds, size = self.terms * models / rate / self.busy, 4.0 * self.rows * width * models
-        self.add(Step(stage, self._start() + seconds, self.base + 2 * size, size))
+        entry = np.dtype(getattr(feature, "store", "float32")).itemsize
+        seconds, size = self.terms * models / rate / self.busy, float(entry) * self.rows * width * models
+        # Each process holds one shard of features, as numbers, as units and as bytes on their way to the disk.
+        held = 12.0 * min(self.rows, self.study.shard) * width * (1 + self.busy)
+        self.add(Step(stage, self._start() + seconds, self.base + held, size))
         part = len(self.target.selecting) / self.rows
         self.add(Step(f"{stage} (target)", RESTART + seconds * part, self.base, size * part))
 
@@ -363,7 +366,8 @@ class _Draft:
         if method.name == "trak":
             # Its Gram matrix takes 2 n d^2 operations, and the solution of the system d^3; unit length is a copy.
             seconds += 2 * cells * width / 6e10 + width**3 / 3e10 + 8 * cells / 1e9
-        heavy = (8 * cells if method.name == "trak" else 4 * cells) + 24.0 * width**2
+        held = 12.0 * min(self.rows, self.study.shard) * width * (1 + self.busy)
+        heavy = held + (24.0 * width**2 if method.name == "trak" else 0.0)
         self.add(Step(f"score: {method.name}", seconds, self.base + heavy, 8.0 * self.rows))
 
     def _of_examples(self, method: Scorer) -> None:

@@ -131,6 +131,8 @@ class Study(_Spec):
     verify: VerifySpec = VerifySpec()
     batch: Count = 64
     """Most examples in one batch of a scorer."""
+    area: Count = 1536
+    """Most padded tokens in one batch of a scorer's model: memory does not grow with the length of documents."""
     shard: Count = 1024
     """Rows of one unit of work; fixed here so that no engine can change a result."""
 

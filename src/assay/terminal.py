@@ -24,8 +24,8 @@ class Bars(Progress):
         self.console = console or Console(stderr=True)
         self.expected: dict[str, float] = {}
         self._done: dict[str, float] = {}
-        self._stage, self._units, self._count, self._label = "", 0, 0, ""
-        self._began = self._start = time.perf_counter()
+        self._stage, self._units, self._count, self._kept, self._label = "", 0, 0, 0, ""
+        self._began = self._start = self._paced = time.perf_counter()
         self._live: Live | None = None
 
     def expect(self, seconds: dict[str, float]) -> None:
@@ -35,13 +35,17 @@ class Bars(Progress):
     def begin(self, stage: str, units: int, label: str = "") -> None:
         if stage != self._stage:  # a method may announce itself once for its preparation and once for its shards
             self._began = time.perf_counter()
-        self._stage, self._units, self._count, self._label = stage, units, 0, label or stage
+        self._stage, self._units, self._count, self._kept, self._label = stage, units, 0, 0, label or stage
+        self._paced = time.perf_counter()
         if self.console.is_terminal and self._live is None:
             self._live = Live(get_renderable=self._line, console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def advance(self, units: int = 1) -> None:
         self._count += units
+
+    def skip(self, units: int) -> None:
+        self._count, self._kept = self._count + units, self._kept + units
 
     def end(self) -> None:
         seconds = time.perf_counter() - self._began
@@ -60,11 +64,15 @@ class Bars(Progress):
             self._live = None
 
     def remaining(self) -> float | None:
-        """Seconds left, from the estimates scaled by how long the finished stages took against theirs."""
+        """Seconds left, from the estimates scaled by how long the finished stages took against theirs; without
+        estimates, those of the current stage at its own pace."""
+        if not self.expected:
+            made = self._count - self._kept
+            return (time.perf_counter() - self._paced) * (self._units - self._count) / made if made else None
         names = list(self.expected)
         reached = [i for i, name in enumerate(names) if name in self._done or name == self._stage]
         if not reached:
-            return sum(self.expected.values()) if self.expected else None
+            return sum(self.expected.values())
         part = min(1.0, self._count / self._units) if self._units else 0.0
         current = self.expected.get(self._stage, 0.0)
         # Stages come in this order: what lies before the last one reached and never began was kept from another run.
@@ -168,6 +176,42 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
         else "No gain: no arm was shown to beat random selection at this budget."
     )
     console.print(Text(text, "bold"))
+
+
+def show_store(facts: dict[str, Any], console: Console | None = None) -> None:
+    """What writing a store took."""
+    console = console or Console()
+    number, count = facts["part"]
+    part = f" (part {number} of {count})" if count > 1 else ""
+    made, rows = facts["computed"], facts["rows"]
+    console.print(f"{rows:,} examples x {facts['columns']:,} features{part}, {size(facts['bytes'])} on disk")
+    if made:
+        kept = ", the others were there" if made < rows else ""
+        pace = f"{facts['rows_per_second']:,.0f} examples/s, {facts['tokens_per_second']:,.0f} tokens/s"
+        console.print(f"{made:,} computed in {duration(facts['seconds'])}{kept}: {pace}")
+    else:
+        console.print("nothing to compute: all of them were there, and are what their checksums say")
+    if facts["zero_rows"] or facts["underflow"]:
+        console.print(f"{facts['zero_rows']:,} rows are zero; {facts['underflow']:,} entries are too small for float16")
+    console.print(f"{duration(facts['wall'])}, {size(facts['peak_rss'])} of memory\nstore: {facts['store']}")
+
+
+def show_scores(found: dict[str, Any], console: Console | None = None) -> None:
+    """The spread of each method's scores, and the best examples."""
+    console = console or Console()
+    title = f"{found['rows']:,} examples scored for {found['target']:,} of the target"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("method", "lowest", "median", "highest", "above zero", "best ids"):
+        table.add_column(name, justify="left" if name in ("method", "best ids") else "right", no_wrap=True)
+    for name, spread in found["methods"].items():
+        numbers = [f"{spread[k]:+.3g}" for k in ("lowest", "median", "highest")]
+        best = Text(" ".join(one["id"] for one in spread["top"][:3]), overflow="ellipsis")
+        table.add_row(Text(name), *numbers, f"{spread['positive']:.0%}", best)
+    console.print(table)
+    console.print(
+        Text("positive = adding the example lowers the target's loss; methods have units of their own", "dim")
+    )
+    console.print(f"{duration(found['wall'])}, {size(found['peak_rss'])} of memory\nscores: {found['out']}")
 
 
 def show_methods(entries: list[dict[str, Any]], console: Console | None = None) -> None:

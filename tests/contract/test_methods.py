@@ -122,7 +122,14 @@ def world(request: pytest.FixtureRequest, name: str) -> World:
 
 
 def method(kind: str, name: str) -> Any:
-    return make(KINDS[kind], {"name": name, **OPTIONS.get(name, {})})
+    """Features are kept to the last bit here: what float16 costs is tested in test_store.py."""
+    return unrounded(make(KINDS[kind], {"name": name, **OPTIONS.get(name, {})}))
+
+
+def unrounded(made: Any) -> Any:
+    inner = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+    changes = {k: unrounded(v) for k, v in inner.items() if isinstance(v, Method)}
+    return dataclasses.replace(made, **changes, **({"store": "float32"} if isinstance(made, Featurizer) else {}))
 
 
 def close(name: str, values: np.ndarray, truth: np.ndarray) -> None:

@@ -23,9 +23,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Imports point right only: from a layer to one below it, or to its own where OWN says so.
 LAYERS = [
-    ("cli",), ("terminal", "template", "doctor", "plan"), ("report",), ("job",), ("summary", "card"), ("verify",),
-    ("measure",), ("study",), ("features", "scorers", "selectors"), ("train", "data"), ("numerics", "engine"),
-    ("core",),
+    ("cli",), ("terminal", "template", "doctor", "plan"), ("report",), ("job", "store"), ("summary", "card"),
+    ("verify",), ("measure",), ("study",), ("features", "scorers", "selectors"), ("train", "data"),
+    ("numerics", "engine"), ("core",),
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 OWN = {"report", "train", "data", "numerics", "engine", "core"}  # packages whose modules may import one another
@@ -110,6 +110,7 @@ def test_imports_point_down() -> None:
         ("report/page.py", "from torch import nn"),
         ("job.py", "from assay.report.page import build"),
         ("job.py", "import assay.cli"),
+        ("store.py", "from assay.job import read_pool"),
         ("study.py", "from assay import cli"),
     ],
 )
@@ -247,6 +248,9 @@ COMMON = ["--json", "--out", "--quiet/-q", "--replace", "--set", "--workers"]
 COMMANDS = {
     "demo": ["NAME", *COMMON, "--quick", "--target"],
     "doctor": ["--json"],
+    "featurize": [
+        *COMMON, "--context", "--id-column", "--method", "--model", "--part", "--pool", "--text-column",
+    ],
     "init": ["POOL", "--out", "--target"],
     "methods": ["--json"],
     "plan": ["STUDY", "--json", "--set", "--workers"],
@@ -254,6 +258,10 @@ COMMANDS = {
     "run": [
         "STUDY", *COMMON, "--budget", "--domain-column", "--id-column", "--methods", "--pool", "--target",
         "--text-column",
+    ],
+    "score": [
+        "STORES", "--id-column", "--json", "--methods", "--model", "--out", "--quiet/-q", "--target", "--text-column",
+        "--workers",
     ],
 }  # fmt: skip
 

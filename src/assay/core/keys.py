@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """As `write_text`, for bytes. The temporary name carries the process id, so that two writers cannot mix."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.write_bytes(data)

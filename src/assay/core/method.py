@@ -150,7 +150,13 @@ class Method:
 
 
 class Featurizer(Method, abstract=True):
-    """Examples to vectors. `init` sees everything once; `featurize` is pure, per batch, `[b, d]`."""
+    """Examples to vectors. `init` sees everything once; `featurize` is pure, per batch, `[b, d]`.
+
+    `store`: how its Tables are kept. 'float16' keeps rows at unit length beside their float32 norms, in half the space;
+    'float32' keeps every bit.
+    """
+
+    store: Literal["float16", "float32"] = "float16"
 
     package: ClassVar[str] = "assay.features"
     cost: ClassVar[Cost] = "forward"

@@ -117,6 +117,11 @@ class Pool:
         return cls(_MemoryRows(table), encode_ids(ids), encode_ids(contents), np.arange(len(ids)))
 
     @classmethod
+    def bare(cls, ids: np.ndarray) -> Pool:
+        """Ids without any column: for work on what was computed of the examples."""
+        return cls(_MemoryRows(pa.table({})), ids, ids, np.arange(len(ids)))
+
+    @classmethod
     def open(cls, path: Path) -> Pool:
         """A pool written by `PoolWriter`; only ids are read now."""
         info = json.loads((path / "pool.json").read_text())

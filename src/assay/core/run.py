@@ -38,6 +38,7 @@ class Run:
 
     study.json        the resolved study, and the format of this directory
     environment.json  versions and machine
+    command.json      the command line that made it, and makes it go on
     steps/<name>-<key>/   results; `<name>-<key>.part` while they are made
     result.json       written last, with the report
     DONE              the run is complete
@@ -53,7 +54,7 @@ class Run:
         self._lock: Any = None
 
     @classmethod
-    def open(cls, path: Path, study: dict[str, Any], *, replace: bool = False) -> Run:
+    def open(cls, path: Path, study: dict[str, Any], *, replace: bool = False, command: str = "") -> Run:
         """Create the directory, or continue the run of the same study in it.
 
         Raises `InputError` when it holds another study (both sides of each difference are printed), another format,
@@ -73,6 +74,8 @@ class Run:
         try:
             run._acquire()
             run._begin(study, replace)
+            if command:
+                write_json(path / "command.json", {"command": command, "folder": os.getcwd()})
         except BaseException:
             run.close()
             raise

@@ -1,9 +1,15 @@
-"""`Table`: numbers keyed by pool ids, in checked shards on disk. Features and scores are both Tables."""
+"""`Table`: numbers keyed by pool ids, in checked shards on disk. Features and scores are both Tables.
+
+A table of dtype float16 holds each row at unit length, beside its float32 norm: `value = norm * unit`. An entry u of a
+unit row is then wrong by at most max(|u| 2^-11, 2^-25), and gradients of any size fit.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +24,18 @@ from assay.core.errors import InputError, nearest
 from assay.core.keys import decode_ids, digest, encode_ids, write_bytes, write_json
 from assay.core.pool import positions
 
-FORMAT = 1
+FORMAT = 2
+# What is counted of each shard and added up in the table's meta.
+COUNTS = ("zero_rows", "underflow", "overflow")
+
+
+def unit_rows(x_nd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows scaled to length 1 in their own dtype, and their lengths `[n]`, float64; zero rows stay zero.
+
+    Squares are summed in float64: those of small gradients leave the range of float32.
+    """
+    norms = np.sqrt(np.einsum("nd,nd->n", x_nd, x_nd, dtype=np.float64))
+    return x_nd / np.where(norms > 0, norms, 1.0).astype(x_nd.dtype)[:, None], norms
 
 
 class Table:
@@ -43,10 +60,12 @@ class Table:
     def open(cls, path: Path) -> Table:
         """A finished Table on disk. Raises `InputError` when a file is missing, or not what its checksum says."""
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = _unsealed(path / "manifest.json")
             index, columns, meta, shards = (manifest[k] for k in ("ids", "columns", "meta", "shards"))
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError("not a finished table", where=path, why=str(error), fix="run the step again") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                "not a finished table", where=path, why=str(error), fix=_remedy(path / "manifest.json")
+            ) from error
         table = cls.__new__(cls)
         table.ids, table.columns, table.meta = _load(path, index), tuple(columns), meta
         table._values, table._path, table._shards = None, path, shards
@@ -57,6 +76,13 @@ class Table:
 
     def __repr__(self) -> str:
         return f"Table({len(self)} rows, {len(self.columns)} columns)"
+
+    def intact(self) -> bool:
+        """Whether every shard is there and is what its checksum says; reads them all."""
+        try:
+            return sum(len(block) for block in self.shards()) == len(self)
+        except InputError:
+            return False
 
     def shards(self) -> Iterator[np.ndarray]:
         """Blocks of rows in order; from disk, each is read and verified when it is reached."""
@@ -123,6 +149,31 @@ class Table:
         values = np.stack([table[n].to_numpy().astype(np.float64) for n in names], axis=1)
         return cls(encode_ids(given), names, values).align(ids)
 
+    @classmethod
+    def join(cls, parts: Sequence[Table], path: Path, meta: dict[str, Any]) -> Table:
+        """The rows of several Tables on disk, one after the other, as a Table at `path` that reads their own shards.
+
+        Nothing but ids is copied. Raises `InputError` for other columns, or for an id that two of them have.
+        """
+        first = parts[0]
+        for part in parts:
+            assert part._path is not None, "only tables on disk are joined"
+            if part.columns != first.columns:
+                raise InputError("the tables have other columns", where=f"{first._path}, {part._path}")
+        width = max(part.ids.dtype.itemsize for part in parts)
+        ids = np.concatenate([part.ids.astype(f"S{width}") for part in parts])
+        once, counts = np.unique(ids, return_counts=True)
+        if len(once) < len(ids):
+            raise InputError(
+                f"{len(ids) - len(once)} ids stand in more than one of the tables",
+                where=", ".join(str(part._path) for part in parts),
+                why=f"the first is {decode_ids(once[counts > 1][:1])[0]!r}", fix="give each part once",
+            )  # fmt: skip
+        path.mkdir(parents=True, exist_ok=True)
+        shards = [_moved(shard, Path(os.path.abspath(str(p._path)))) for p in parts for shard in p._shards]
+        _write_manifest(path, ids, first.columns, shards, meta)
+        return cls.open(path)
+
     def save(self, path: Path) -> Table:
         """Write to disk as one shard and open it again."""
         writer = TableWriter(path, self.ids, self.columns, shard_rows=max(1, len(self)), dtype=self.values.dtype)
@@ -134,8 +185,9 @@ class Table:
 class TableWriter:
     """Writes a Table shard by shard; what a killed process had finished is kept and the rest is redone.
 
-    Each shard is `00000.npy`, written aside and renamed, then `00000.json` with its xxh3-128. Shards may be written
-    in any order. `finish` checks that every row is there and finite, and writes the manifest last.
+    Each shard is `00000.npy` (of float16 tables also `00000.norm.npy`), written aside and renamed, then `00000.json`
+    with its xxh3-128. Shards may be written in any order and by several processes. `finish` checks that every row is
+    there, and writes the manifest last. On a finished table, only shards that are missing or damaged need be written.
     """
 
     def __init__(
@@ -143,6 +195,7 @@ class TableWriter:
     ) -> None:
         self.path, self.ids, self.columns = path, ids, tuple(columns)
         self.shard_rows, self.dtype = shard_rows, np.dtype(dtype)
+        self._form = digest(FORMAT, self.columns, self.dtype.str)
         path.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
@@ -153,17 +206,22 @@ class TableWriter:
 
     def _key(self, index: int) -> str:
         start, stop = self.span(index)
-        return digest(
-            self.columns, self.dtype.str, xxhash.xxh3_128_hexdigest(b"\n".join(self.ids[start:stop].tolist()))
-        )
+        return digest(self._form, xxhash.xxh3_128_hexdigest(b"\n".join(self.ids[start:stop].tolist())))
+
+    def _marker(self, index: int) -> dict[str, Any] | None:
+        """What is noted of a shard that was published for the same ids and columns."""
+        try:
+            marker = _unsealed(self.path / f"{index:05d}.json")
+            return marker if marker["key"] == self._key(index) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def has(self, index: int) -> bool:
         """Whether this shard was finished, for the same ids and columns, and its bytes are still what they were."""
+        marker = self._marker(index)
         try:
-            marker = json.loads((self.path / f"{index:05d}.json").read_text())
-            _load(self.path, marker)
-            return marker["key"] == self._key(index)
-        except (OSError, ValueError, KeyError, TypeError):
+            return marker is not None and len(_load(self.path, marker)) == marker["rows"]
+        except InputError:
             return False
 
     def write(self, index: int, values: np.ndarray) -> None:
@@ -173,55 +231,120 @@ class TableWriter:
         if values.ndim == 1:
             values = values[:, None]
         assert values.shape == (stop - start, len(self.columns)), (values.shape, stop - start, len(self.columns))
-        with np.errstate(over="ignore"):
-            narrow = values.astype(self.dtype)
-        bad = np.flatnonzero(~np.isfinite(narrow).all(axis=1))
+        narrow, norms, counts = self._narrowed(values)
+        fine = np.isfinite(narrow).all(axis=1) & (np.isfinite(norms) if norms is not None else True)
+        bad = np.flatnonzero(~fine)
         if len(bad):
             first = decode_ids(self.ids[start + bad[:1]])[0]
             raise InputError(
                 f"{len(bad)} rows have numbers that are not finite, the first is id {first!r}",
                 where=self.path,
-                why=f"NaN or infinity, or over the range of {self.dtype}",
+                why=f"NaN or infinity, or over the range of {self.dtype if norms is None else np.dtype(np.float32)}",
                 fix="look at that example; lower the learning rate if the model diverged",
             )
-        buffer = io.BytesIO()
-        np.save(buffer, np.ascontiguousarray(narrow), allow_pickle=False)
-        data = buffer.getvalue()
-        name = f"{index:05d}.npy"
-        write_bytes(self.path / name, data)
-        marker = {"file": name, "rows": stop - start, "xxh3": xxhash.xxh3_128_hexdigest(data), "key": self._key(index)}
-        write_json(self.path / f"{index:05d}.json", marker)
+        marker: dict[str, Any] = {"rows": stop - start, "key": self._key(index), "counts": counts}
+        if norms is not None:
+            marker["norms"] = _publish(self.path / f"{index:05d}.norm.npy", norms)
+        marker |= _publish(self.path / f"{index:05d}.npy", narrow)
+        write_json(self.path / f"{index:05d}.json", _sealed(marker))
+
+    def _narrowed(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]]:
+        """Values in the table's dtype, norms if it keeps them, and counts of what did not fit."""
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            if self.dtype == np.float16:
+                unit, lengths = unit_rows(values.astype(np.float32))
+                narrow, norms = unit.astype(np.float16), lengths.astype(np.float32)
+            else:
+                narrow, norms = values.astype(self.dtype), None
+        zero = ~values.any(axis=1)
+        lost = np.count_nonzero(narrow == 0) - np.count_nonzero(values == 0)
+        over = np.count_nonzero(np.isinf(narrow)) - np.count_nonzero(np.isinf(values))
+        return narrow, norms, dict(zip(COUNTS, map(int, (zero.sum(), lost, over)), strict=True))
 
     def finish(self, meta: dict[str, Any] | None = None) -> Table:
         """Check coverage and write ids and manifest. Every id is there exactly once, by construction of the spans."""
-        missing = [i for i in range(len(self)) if not self.has(i)]
+        markers = [self._marker(i) for i in range(len(self))]
+        missing = [i for i, marker in enumerate(markers) if marker is None]
         assert not missing, f"shards {missing[:5]} of {self.path} are missing"
-        assert len(np.unique(self.ids)) == len(self.ids), "ids repeat"
-        buffer = io.BytesIO()
-        np.save(buffer, self.ids, allow_pickle=False)
-        write_bytes(self.path / "ids.npy", buffer.getvalue())
-        shards = [json.loads((self.path / f"{i:05d}.json").read_text()) for i in range(len(self))]
-        ids = {"file": "ids.npy", "rows": len(self.ids), "xxh3": xxhash.xxh3_128_hexdigest(buffer.getvalue())}
-        about = {"format": FORMAT, "columns": list(self.columns), "dtype": self.dtype.str, "rows": len(self.ids)}
-        manifest = {**about, "ids": ids, "shards": shards, "meta": {**(meta or {}), "coverage": 1.0, "nan": 0}}
-        write_json(self.path / "manifest.json", manifest)
+        shards = [marker for marker in markers if marker is not None]
+        ordered = np.sort(self.ids)
+        assert not (ordered[1:] == ordered[:-1]).any(), "ids repeat"
+        counts = {name: sum(shard["counts"][name] for shard in shards) for name in COUNTS}
+        about = {**(meta or {}), "coverage": 1.0, "nan": 0, **counts}
+        _write_manifest(self.path, self.ids, self.columns, shards, about)
         return Table.open(self.path)
 
 
+def _publish(file: Path, array: np.ndarray) -> dict[str, Any]:
+    """Write an array file; returns its name and checksum."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    data = buffer.getbuffer()
+    write_bytes(file, data)
+    return {"file": file.name, "xxh3": xxhash.xxh3_128_hexdigest(data)}
+
+
+def _write_manifest(
+    path: Path, ids: np.ndarray, columns: Sequence[str], shards: list[dict[str, Any]], meta: dict[str, Any]
+) -> None:
+    index = _publish(path / "ids.npy", ids)
+    about = {"format": FORMAT, "columns": list(columns), "rows": len(ids), "ids": index, "shards": shards, "meta": meta}
+    write_json(path / "manifest.json", _sealed(about))
+
+
+def _moved(shard: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A shard's entry with the place of its files written out."""
+    moved = {**shard, "file": str(folder / shard["file"])}
+    if "norms" in shard:
+        moved["norms"] = {**shard["norms"], "file": str(folder / shard["norms"]["file"])}
+    return moved
+
+
+def _sealed(about: dict[str, Any]) -> dict[str, Any]:
+    """With a checksum of its own."""
+    return {**about, "seal": digest(about)}
+
+
+def _unsealed(file: Path) -> dict[str, Any]:
+    """What `_sealed` closed. Raises `ValueError` when the file is not what it was."""
+    about = json.loads(file.read_text())
+    if not isinstance(about, dict) or about.pop("seal", None) != digest(about):
+        raise ValueError(f"{file.name} does not match its own checksum")
+    if about.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"it has format {about['format']}, this is {FORMAT}")
+    return about
+
+
 def _load(path: Path, marker: dict[str, Any]) -> np.ndarray:
+    """One shard as numbers, after its checksums were compared."""
+    values = _read(path / marker["file"], marker["xxh3"])
+    if "norms" not in marker:
+        return values
+    norms = _read(path / marker["norms"]["file"], marker["norms"]["xxh3"])
+    wide = values.astype(np.float32)
+    wide *= norms[:, None]
+    return wide
+
+
+def _read(file: Path, checksum: str) -> np.ndarray:
     """One array file, after its checksum was compared."""
-    file = path / marker["file"]
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise InputError(
-            "a shard is missing", where=file, why=str(error), fix="delete the folder and run again"
-        ) from error
-    if xxhash.xxh3_128_hexdigest(data) != marker["xxh3"]:
-        raise InputError(
-            "a shard is damaged",
-            where=file,
-            why="its bytes do not match the checksum in the manifest",
-            fix=f"delete the folder {path} and run again: only this step is computed anew",
-        )
+        raise InputError("a shard is missing", where=file, why=str(error), fix=_remedy(file)) from error
+    if xxhash.xxh3_128_hexdigest(data) != checksum:
+        why = "its bytes do not match the checksum in the manifest"
+        raise InputError("a shard is damaged", where=file, why=why, fix=_remedy(file))
     return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def _remedy(file: Path) -> str:
+    """How to mend a table: the command of the run that it lies in, where there is one."""
+    for folder in file.parents[:4]:
+        try:
+            told = json.loads((folder / "command.json").read_text(encoding="utf-8"))
+            where = "" if told["folder"] == os.getcwd() else f"cd {shlex.quote(told['folder'])} && "
+            return f"run it again, and only what is damaged is computed anew: {where}{told['command']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return "run the same command again: only what is damaged is computed anew"

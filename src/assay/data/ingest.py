@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from assay.core.errors import InputError
 from assay.core.pool import Pool, PoolWriter
+from assay.core.run import Ledger, Run
 from assay.data import readers
 
 # Rows are judged bad in bulk only once there are enough of them to speak of a share.
@@ -48,6 +49,23 @@ def store(table: pa.Table, path: Path) -> Pool:
     writer.write(table)
     (path / "quarantine.jsonl").write_text("")
     return writer.finish(read=table.num_rows, quarantined={"total": 0, "reasons": {}, "examples": []})
+
+
+def read_step(
+    run: Run, source: readers.Source, *, what: str, max_bad: float = 0.05, key: Any = None
+) -> tuple[Path, dict[str, Any], str]:
+    """The pool of a source as a step of a run; what was set aside, and a sentence about it (empty when nothing was)."""
+
+    def build(part: Path, _: Ledger) -> None:
+        ingest(source, part, what=what, max_bad=max_bad)
+
+    step = run.step(f"read-{what}", (readers.fingerprint(source), key), build, label=f"read {what}")
+    found = json.loads((step / "pool.json").read_text(encoding="utf-8"))["quarantined"]
+    if not found["total"]:
+        return step, found, ""
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in found["reasons"].items())
+    rows = "1 row" if found["total"] == 1 else f"{found['total']} rows"
+    return step, found, f"{rows} of the {what} set aside: {reasons} (see {step / 'quarantine.jsonl'})"
 
 
 def kind(reason: str) -> str:

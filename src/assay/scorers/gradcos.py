@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
-
 from assay.core.method import Batch, Context, Cost, Featurizer, Scorer
-
-
-def unit(x_nd: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1 in float64; zero rows stay zero."""
-    x = x_nd.astype(np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+from assay.core.table import unit_rows
 
 
 class GradCos(Scorer):
@@ -33,8 +26,9 @@ class GradCos(Scorer):
         state = []
         for member in context.members(self.features):
             context.table(member)
-            state.append((member, unit(context.target_table(member).values).mean(axis=0)))
+            target = context.target_table(member).values.astype("float64")
+            state.append((member, unit_rows(target)[0].mean(axis=0)))
         return state
 
     def score(self, state: Any, batch: Batch) -> Any:
-        return sum(unit(batch.table(m)) @ mean for m, mean in state) / len(state)
+        return sum(unit_rows(batch.table(m).astype("float64"))[0] @ mean for m, mean in state) / len(state)

@@ -8,6 +8,10 @@ import numpy as np
 
 from assay.core.errors import InputError
 from assay.core.method import Batch, Context, Cost, Featurizer, NonNegative, Scorer
+from assay.core.table import Table, unit_rows
+
+# Rows of one product in float32.
+BLOCK = 1024
 
 
 class Trak(Scorer):
@@ -41,24 +45,32 @@ class Trak(Scorer):
         losses = context.members(self.losses) if self.output == "margin" else []
         state = []
         for k, member in enumerate(members):
-            phi = self._scale(context.table(member).values)
-            weights = np.ones(len(phi))
+            table, weights = context.table(member), None
             if losses:
                 p = np.exp(context.table(losses[k % len(losses)]).values[:, 0])
                 weights = p * (1 - p)
-            gram = _gram(phi, weights)
+            gram = self._gram(table, weights)
             mean = self._scale(context.target_table(member).values).astype(np.float64).mean(axis=0)
-            context.spent(2 * len(phi) * phi.shape[1] ** 2)
+            context.spent(2 * len(table) * len(gram) ** 2)
             damped = gram + self.damping * np.trace(gram) / len(gram) * np.eye(len(gram))
             state.append((member, _solve(damped, mean)))
         return state, losses
 
     def _scale(self, phi: np.ndarray) -> np.ndarray:
-        if not self.unit_length or self.output == "margin":
-            return phi
-        # Summed in float64: squares of small gradients leave the range of float32.
-        norms = np.sqrt(np.einsum("nd,nd->n", phi, phi, dtype=np.float64))
-        return phi / np.where(norms > 0, norms, 1.0).astype(phi.dtype)[:, None]
+        return unit_rows(phi)[0] if self.unit_length and self.output == "loss" else phi
+
+    def _gram(self, table: Table, weights: np.ndarray | None) -> np.ndarray:
+        """Phi^T R Phi, a shard at a time: in float32 blocks, summed in float64, so that long sums keep their digits."""
+        total, at = np.zeros((len(table.columns), len(table.columns))), 0
+        for shard in table.shards():
+            for start in range(0, len(shard), BLOCK):
+                block = self._scale(shard[start : start + BLOCK])
+                weighted = block
+                if weights is not None:
+                    weighted = block * weights[at : at + len(block), None].astype(block.dtype)
+                total += weighted.T @ block
+                at += len(block)
+        return total
 
     def score(self, state: Any, batch: Batch) -> Any:
         directions, losses = state
@@ -77,12 +89,3 @@ def _solve(matrix: np.ndarray, v: np.ndarray) -> np.ndarray:
             why="there are fewer examples than features, or all gradients are zero",
             fix="set damping above 0; if it is, the model has learnt the pool by heart: train it less",
         ) from error
-
-
-def _gram(phi: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Phi^T R Phi in float32 blocks, summed in float64: sums of thousands of rows keep their digits."""
-    total = np.zeros((phi.shape[1], phi.shape[1]))
-    for start in range(0, len(phi), 1024):
-        block = phi[start : start + 1024]
-        total += (block * weights[start : start + 1024, None].astype(block.dtype)).T @ block
-    return total

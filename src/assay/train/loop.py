@@ -191,12 +191,11 @@ def fingerprint(params: Params) -> str:
     """Hash of weights by name."""
     import xxhash
 
-    return digest(
-        [
-            (k, str(v.dtype), list(v.shape), xxhash.xxh3_128_hexdigest(v.detach().numpy().tobytes()))
-            for k, v in sorted(params.items())
-        ]
-    )
+    def content(v: Tensor) -> str:
+        # As plain bytes, for numpy does not know every type that torch has; and without a copy.
+        return xxhash.xxh3_128_hexdigest(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    return digest([(k, str(v.dtype), list(v.shape), content(v)) for k, v in sorted(params.items())])
 
 
 @torch.no_grad()

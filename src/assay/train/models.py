@@ -138,7 +138,7 @@ class Tokens(Encoded):
 
     def padded(self, rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids of these rows, filled up at the end, `[b, t]`, and where they stand, `[b, t]`."""
-        lengths = np.diff(self.offsets)[rows]
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
         longest = int(lengths.max(initial=1))
         ids = np.full((len(rows), longest), fill, dtype=np.int64)
         for line, row in enumerate(rows):
@@ -296,6 +296,26 @@ class Classifier(Task):
         """2 x (weights of matrices) an example."""
         sizes = (self.inputs, *self.hidden, self.classes)
         return float(np.sum(terms)) * 2 * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+TASKS: tuple[type[LanguageModel] | type[Classifier], ...] = (LanguageModel, Classifier)
+
+
+def write_task(path: Path, task: Task) -> None:
+    """A built-in task as JSON, tokenizer and all: what a checkpoint needs beside it to be used elsewhere."""
+    if isinstance(task, TASKS):
+        write_json(path, {"task": task.describe()["task"], **asdict(task)})
+
+
+def read_task(path: Path) -> Task:
+    """What `write_task` wrote. Raises `InputError` when it is no such file."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind = {"text": LanguageModel, "classifier": Classifier}[fields.pop("task")]
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error) or type(error).__name__
+        raise InputError("not a task that assay wrote", where=path, why=why, fix="run the study again") from error
 
 
 def train_tokenizer(pool: Pool, *, vocab: int, sample: int = 20_000, seed: int = 0) -> str:
