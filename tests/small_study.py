@@ -102,12 +102,13 @@ def timeless(value: Any) -> Any:
 def contents(run: Path) -> dict[str, Any]:
     """Every file of a run: a hash of its bytes, or its numbers where the clock has a part in them.
 
-    `cost.json` and the ledger hold seconds and memory only; the report is drawn from `result.json`, which is compared.
+    `cost.json` and the ledger hold seconds and memory only, `command.json` the words of the call; the report is drawn
+    from `result.json`, which is compared.
     """
     found: dict[str, Any] = {}
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = str(path.relative_to(run))
-        if path.name in ("cost.json", ".lock", "report.html"):
+        if path.name in ("cost.json", "command.json", ".lock", "report.html"):
             found[name] = None
         elif name == "result.json" or (name.startswith("dataset") and path.name == "manifest.json"):
             found[name] = timeless(json.loads(path.read_text()))

@@ -588,3 +588,22 @@ def test_bounds_and_barred_ids_give_their_reason() -> None:
 def test_scores_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(InputError, match="'0001'"):
         cut([1.0, math.nan, 2.0], Budget(1, "examples"))
+
+
+@pytest.mark.parametrize("kind", ["adam", "adafactor"])
+def test_features_in_adams_metric_have_its_products(three: World, best: Tensor, tmp_path: Path, kind: str) -> None:
+    """<phi_i, phi_q> = <g_i, P g_q> with P = 1/sqrt(v_hat), for 'adafactor' with the rank-one v_hat."""
+    params = three.params(best)
+    rng = torch.Generator().manual_seed(0)
+    square = {n: torch.rand(p.shape, generator=rng, dtype=torch.float64) + 0.1 for n, p in params.items()}
+    state = {"square": square, "steps": 3, "betas": (0.9, 0.95), "eps": 1e-8}
+    spec = {"name": "graddot", "features": {**exact_features(), "metric": kind}}
+    found = three.scores(tmp_path / "m", spec, [params], optimisers=[state])
+    metric = []
+    for v in square.values():
+        v = v / (1 - 0.95**3)
+        if kind == "adafactor" and v.dim() == 2:
+            v = torch.outer(v.mean(1), v.mean(0)) / v.mean()
+        metric.append(v.rsqrt().flatten())
+    asked = torch.func.grad(three.asked_loss)(best)
+    near(found, gradients(three, best) @ (torch.cat(metric) * asked), 1e-5)

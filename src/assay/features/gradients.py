@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from assay.core.method import Batch, Context, Cost, Count, Featurizer
@@ -24,6 +24,16 @@ class _State:
     sketch: Sketch
     only: frozenset[str]
     fallback: frozenset[str]
+    metric: dict[str, Any]
+
+    def on(self, device: str) -> _State:
+        """The same with its tensors on a device."""
+
+        def moved(x: Any) -> Any:
+            return tuple(map(moved, x)) if isinstance(x, tuple) else x.to(device)
+
+        params, metric = ({n: moved(v) for n, v in held.items()} for held in (self.params, self.metric))
+        return replace(self, params=params, metric=metric)
 
 
 class Gradients(Featurizer):
@@ -36,7 +46,10 @@ class Gradients(Featurizer):
     Note: sparse has the error of dense at a small part of its cost; factored needs no gradient of the size of a weight
         and is cheaper, but for as many numbers its error is many times that; size is for 'sparse', 'masked' and
         'dense', rank for 'factored'; measure = 'margin' is for classifiers, f = log p - log(1 - p); layers = 'linear'
-        leaves out embeddings, norms and convolutions; 'bfloat16' runs the model in it and sums in float32
+        leaves out embeddings, norms and convolutions; metric multiplies gradients by v_hat^(-1/4) of the scoring
+        model's optimiser, so that products are those of Adam's metric ('adam' forms each gradient whole, 'adafactor'
+        takes the best rank-one v_hat and costs nothing; momentum only scales, so 'sgd' is its metric too); 'bfloat16'
+        runs the model in it and sums in float32
     """
 
     projection: Literal["sparse", "factored", "masked", "dense", "exact"] = "sparse"
@@ -46,14 +59,34 @@ class Gradients(Featurizer):
     model: int = 0
     measure: Literal["loss", "margin"] = "loss"
     layers: Literal["all", "linear"] = "all"
+    metric: Literal["sgd", "adam", "adafactor"] = "sgd"
     precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     cost: ClassVar[Cost] = "gradient"
 
     def init(self, context: Context) -> _State:
         task, params = context.task, context.models[self.model]
-        state = _State(task, params, self.sketch(), self.names(task), frozenset())
+        metric: dict[str, Any] = {}
+        if self.metric != "sgd":
+            from assay.train.metric import feature_metric
+
+            metric = feature_metric(context.optimisers[self.model], self.metric)
+        if self.device == "cuda":
+            self._cuda()
+        state = _State(task, params, self.sketch(), self.names(task), frozenset(), metric).on(self.device)
         return self._audited(state, context)
+
+    def _cuda(self) -> None:
+        import torch
+
+        from assay.core.errors import InputError
+
+        if not torch.cuda.is_available():
+            raise InputError(
+                "gradients: there is no CUDA device", why="torch sees none",
+                fix="device = 'cpu', or install a CUDA build of torch",
+            )  # fmt: skip
 
     def sketch(self) -> Sketch:
         """The projection that the options name."""
@@ -78,12 +111,13 @@ class Gradients(Featurizer):
 
     def _audited(self, state: _State, context: Context) -> _State:
         """The rules are compared with plain backward passes on a few examples; what does not add up goes without."""
-        from dataclasses import replace
-
         from assay.numerics.persample import audit
 
-        inputs, only = context.sample(PROBE).inputs, set(state.only)
-        found = audit(state.task.module, self._measure(state), state.params, inputs, state.sketch, only=only)
+        inputs = {k: v.to(self.device) for k, v in context.sample(PROBE).inputs.items()}
+        found = audit(
+            state.task.module, self._measure(state), state.params, inputs, state.sketch, only=set(state.only),
+            metric=state.metric,
+        )  # fmt: skip
         if found.fallback:
             context.warn(
                 f"gradients: {len(found.fallback)} parameters have no rule and take the slow path "
@@ -111,10 +145,12 @@ class Gradients(Featurizer):
 
         from assay.numerics.persample import flatten, gradients
 
-        device = next(iter(state.params.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        inputs = batch.inputs
+        if self.device == "cuda":
+            inputs = {k: v.pin_memory().to("cuda", non_blocking=True) for k, v in inputs.items()}
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
             found, _ = gradients(
-                state.task.module, self._measure(state), state.params, batch.inputs, state.sketch,
-                only=set(state.only), fallback=set(state.fallback),
+                state.task.module, self._measure(state), state.params, inputs, state.sketch,
+                only=set(state.only), fallback=set(state.fallback), metric=state.metric,
             )  # fmt: skip
         return flatten(found, state.sketch)

@@ -1,4 +1,4 @@
-"""What an optimiser's state says about the scale of each weight."""
+"""What an optimiser's state says about the scale of each weight: the metric in which its steps are short."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from assay.core.errors import InputError
 from assay.core.task import Params
+
+# Least second moment that a weight is given, as a part of its parameter's root mean square.
+FLOOR = 0.01
 
 
 def preconditioner(state: Mapping[str, Any], *, gradient: Params | None = None) -> dict[str, Tensor]:
@@ -38,4 +41,29 @@ def preconditioner(state: Mapping[str, Any], *, gradient: Params | None = None) 
         taken = None if steps is None else steps + (gradient is not None)
         bias = 1.0 if taken is None else 1 - b2**taken
         found[name] = 1 / (torch.sqrt(square / bias) + eps)
+    return found
+
+
+def feature_metric(state: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Factors of *per-example* gradients, by name, whose dot products are then those of Adam's metric P.
+
+    A feature is multiplied by sqrt(P) on either side of a product: sqrt(P) = (v_hat)^(-1/4), with v_hat held above
+    (FLOOR rms)^2 of its parameter, so that weights which training hardly met do not outweigh all others. kind 'adam':
+    one factor for each entry, for which each example's gradient is formed whole. 'adafactor': of the best rank-one
+    v_hat, rows x columns / mean (Shazeer & Stern 2018, arXiv:1804.04235), as TrackStar does (Chang et al. 2024,
+    arXiv:2410.17413): factors go through the layers' rules and cost nothing.
+
+    Raises `InputError` when there is no slot `square`.
+    """
+    square = {n: (1 / p).square() for n, p in preconditioner({**state, "eps": 0.0}).items()}
+    found: dict[str, Any] = {}
+    for name, v in square.items():
+        v = v.nan_to_num(0.0, posinf=0.0)
+        v = v.clamp_min(float(v.mean()) * FLOOR**2 or 1.0)
+        if kind == "adam" or v.dim() < 2:
+            found[name] = v**-0.25
+        else:
+            v_oi = v.flatten(1)
+            rows, columns = v_oi.mean(dim=1), v_oi.mean(dim=0)
+            found[name] = (rows / rows.mean()) ** -0.25, columns**-0.25
     return found
