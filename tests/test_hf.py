@@ -116,7 +116,8 @@ def causal(folder: Path, family: str, **options: Any) -> CausalLM:
     folder.mkdir()
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
     randomised(model).save_pretrained(folder)
-    save_tokenizer(folder, text_pool(40), eos_token="<|end|>", **({"bos_token": "<s>"} if family == "llama" else {}))
+    marks: dict[str, Any] = {"eos_token": "<|end|>", **({"bos_token": "<s>"} if family == "llama" else {})}
+    save_tokenizer(folder, text_pool(40), **marks)
     return CausalLM(path=str(folder), context=16, **options)
 
 

@@ -221,9 +221,9 @@ def test_positions_that_do_not_fit(tmp_path: Path) -> None:
     parameters = list(model.parameters())
     with pytest.raises(InputError, match=r"(?s)keyed by position, in groups of 8,.*no order.*named_parameters"):
         load_moments(saved(tmp_path, model, parameters[::-1]), Small())
-    with pytest.raises(InputError, match="in groups of 3 "):
+    with pytest.raises(InputError, match="in groups of 3, and no order"):
         load_moments(saved(tmp_path, model, parameters[:3]), Small())
-    with pytest.raises(InputError, match=r"in groups of 3 \+ 5,"):
+    with pytest.raises(InputError, match=r"in groups of 3 \+ 5, and no order"):
         load_moments(saved(tmp_path, model, [{"params": parameters[:3]}, {"params": parameters[3:]}]), Small())
 
 
