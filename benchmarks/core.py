@@ -54,7 +54,7 @@ def decoder(folder: Path, quick: bool) -> list[Row]:
     from assay.core.pool import Pool
     from assay.data import builtin
     from assay.numerics.persample import flatten, gradients
-    from assay.numerics.project import Factored
+    from assay.numerics.project import Factored, Sketch, Sparse
     from assay.train import loop, optim
     from assay.train.models import LanguageModel, init_params, train_tokenizer
     from assay.train.recipe import Recipe
@@ -81,16 +81,16 @@ def decoder(folder: Path, quick: bool) -> list[Row]:
             task.loss(params, encoded.inputs(rows))
         return float(encoded.sizes[rows].sum())
 
-    def features(rank: int) -> Turn:
+    def features(made: Sketch) -> Turn:
         def turn() -> float:
             rows = blocks[rng.integers(len(blocks))]
-            inputs = encoded.inputs(rows)
-            flatten(gradients(task.module, lambda: task.loss(params, inputs), Factored(rank, 0))[0])
+            flatten(gradients(task.module, task.loss, params, encoded.inputs(rows), made)[0], made)
             return float(encoded.sizes[rows].sum())
 
         return turn
 
-    names = {"train": train, "forward": forward, "gradients rank 8": features(8), "gradients rank 16": features(16)}
+    names = {"train": train, "forward": forward}
+    names |= {"gradients sparse 4096": features(Sparse(4096, 0)), "gradients rank 16": features(Factored(16, 0))}
     pace, spent = take_turns(names, 10 if quick else 60)
     weights = sum(p.numel() for p in params.values())
     case, rows = f"decoder, {weights:,} parameters, 1 thread", []
@@ -140,7 +140,7 @@ def main() -> None:
             place.mkdir()
             rows += bench(place, chosen.quick)
     for r in rows:
-        print(f"{r['bench']:<8} {r['method']:<18} {r['metric']:<22} {r['value']:>12,.2f}   {r['case']}")
+        print(f"{r['bench']:<8} {r['method']:<22} {r['metric']:<22} {r['value']:>12,.2f}   {r['case']}")
     text = json.dumps({"rows": rows})
     if chosen.json:
         chosen.json.write_text(text + "\n")

@@ -22,7 +22,7 @@ budget = "40%"
 shard = 32
 methods = [
     "random", "bm25", {{name = "loss_diff", steps = 5, terms_per_step = 256}},
-    {{name = "trak", features = {{name = "gradients", rank = 4}}}},
+    {{name = "trak", features = {{name = "gradients", projection = "factored", rank = 4}}}},
 ]
 [pool]
 path = "pool.jsonl"

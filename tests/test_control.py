@@ -34,14 +34,18 @@ def test_shuffled_words_are_the_same_words_in_a_keyed_order():
 
 
 @pytest.mark.parametrize("control", [0.0, 0.5, 2.0])
-def test_score_is_the_documented_formula(control):
+def test_score_is_the_documented_formula(control, monkeypatch):
     losses = {"before": [3.0, 2.0], "after": [1.0, 1.5], "shuffled": [2.5, 1.0]}
-    task = SimpleNamespace(loss=lambda params, inputs: torch.tensor(losses[params], dtype=torch.float64))
-    triple = ("before", "after", "shuffled" if control else None)
-    batch = SimpleNamespace(inputs=None)
-    got = LossDiff(control=control).score((task, [triple, triple]), batch)  # type: ignore[arg-type]
+    weights = {name: {"losses": torch.tensor(values, dtype=torch.float64)} for name, values in losses.items()}
+    target = pool(["one two three", "four five six"])
+    moved = lambda _self, _context, part, _params: weights["after" if part is target else "shuffled"]  # noqa: E731
+    monkeypatch.setattr(LossDiff, "_moved", moved)
+    task = SimpleNamespace(loss=lambda params, inputs: params["losses"])
+    context = SimpleNamespace(task=task, target=target, models=[weights["before"], dict(weights["before"])])
+    scorer = LossDiff(control=control)
+    got = scorer.score(scorer.init(context), SimpleNamespace(inputs=None))  # type: ignore[arg-type]
     b, a, s = (np.array(losses[k]) for k in ("before", "after", "shuffled"))
-    assert np.allclose(got.numpy(), (b - a) + control * (s - a), rtol=1e-15)
+    assert np.allclose(got.numpy()[:, 0], (b - a) + control * (s - a), rtol=1e-15)
 
 
 def test_control_costs_a_third_pass():

@@ -268,7 +268,7 @@ def train_proxies(job: Job) -> None:
     spec, task = job.study.proxy, job.task
     assert task is not None
     wanted = any(uses_model(m) for m in job.methods.values())
-    models = []
+    models, optimisers = [], []
     if wanted:
         # Rows that contain target items are kept from the scoring models too.
         rows = np.flatnonzero(~np.isin(job.pool.ids, job.hits.ids))
@@ -276,12 +276,14 @@ def train_proxies(job: Job) -> None:
         steps = spec.steps or max(1, math.ceil(spec.passes * total / spec.recipe.terms_per_step))
         recipe = spec.recipe.model_copy(update={"steps": steps})
         job.proxies = _proxies(job, task, recipe, rows)
-        models = [load(path / "checkpoint.safetensors").params for path in job.proxies]
+        trained = [load(path / "checkpoint.safetensors") for path in job.proxies]
+        models, about = [t.params for t in trained], {"betas": recipe.betas, "eps": recipe.eps}
+        optimisers = [{**t.state, "steps": len(t.losses), **about} for t in trained]
     study = job.study
     job.measurer = Measurer(
         job.run, job.pool, job.target.selecting, seed=study.seed, task=task, models=models, encodings=job.encodings,
         key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch, shard=study.shard,
-        progress=job.progress, source=job.source,
+        progress=job.progress, source=job.source, optimisers=optimisers, barred=job.hits.ids,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from assay.core.errors import InputError
-from assay.core.keys import canonical, write_json
+from assay.core.keys import canonical, hash_ids, write_json
 from assay.core.method import Featurizer, Method
 from assay.core.pool import Pool
 from assay.core.progress import Progress
@@ -149,7 +149,8 @@ class Measurer:
         self, run: Run, pool: Pool, target: Pool, *, seed: int = 0, task: Task | None = None,
         models: list[dict[str, Any]] | None = None, encodings: dict[str, Path] | None = None, key: str = "",
         workers: int = 1, batch: int = 64, shard: int = 1024, progress: Progress | None = None,
-        source: list[str] | None = None,
+        source: list[str] | None = None, optimisers: list[dict[str, Any]] | None = None,
+        barred: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         for what, part in (("pool", pool), ("target", target)):
             if not len(part):
@@ -158,6 +159,8 @@ class Measurer:
         self.models, self.encodings, self.key = models or [], encodings or {}, key
         self.workers, self.batch, self.shard, self.progress = workers, batch, shard, progress or Progress()
         self.source = source or []
+        self.optimisers = optimisers or [{} for _ in self.models]
+        self.barred = pool.ids[:0] if barred is None else barred
         self.warnings: list[str] = []
         self._paths: dict[tuple[str, str], Path] = {}
         self._stack: list[_Frame] = []
@@ -193,13 +196,25 @@ class Measurer:
             for rows in work.batches(start, min(len(pool), start + self.shard)):
                 yield Rows(work, rows)
 
+    def sample(self, count: int) -> Rows:
+        order = np.argsort(hash_ids(self.pool.ids, "sample", self.seed), kind="stable")
+        return Rows(self._work(self._stack[-1].method, None, self.pool), order[:count])
+
     def spent(self, flops: float) -> None:
         if self._stack:
             self._stack[-1].ledger.spent(flops)
 
     def warn(self, message: str) -> None:
-        self.warnings.append(message)
-        self.progress.warn(message)
+        if self._stack:  # kept with the Table, so that a run that finds it made warns as well
+            held = self._stack[-1].warnings
+            held += [message] if message not in held else []
+        if message not in self.warnings:
+            self.warnings.append(message)
+            self.progress.warn(message)
+
+    def note(self, what: str, detail: str, **numbers: Any) -> None:
+        if self._stack:
+            self._stack[-1].notes[what] = {"detail": detail, **numbers}
 
     # The driver.
 
@@ -213,6 +228,8 @@ class Measurer:
                 lambda part, ledger: self._build(method, pool, part, ledger), label=self._label(method, pool),
             )  # fmt: skip
             self._paths[held] = path
+            for message in Table.open(path).meta.get("warnings", []):
+                self.warn(message)
             for name in closure(path):
                 self.run.touch(name)
         if self._stack:
@@ -222,9 +239,10 @@ class Measurer:
     def _key(self, method: Method, pool: Pool) -> dict[str, Any]:
         return {
             "method": method.spec(), "code": [m.code() for m in _family(method)], "pool": pool.fingerprint,
-            "target": self.target.fingerprint, "reference": self.pool.fingerprint, "seed": self.seed,
-            "source": self.source, "models": self.key if uses_model(method) else "", "batch": self.batch,
-            "shard": self.shard,
+            # Features do not look at the target: another target finds them made.
+            "target": None if isinstance(method, Featurizer) else self.target.fingerprint,
+            "reference": self.pool.fingerprint, "seed": self.seed, "source": self.source,
+            "models": self.key if uses_model(method) else "", "batch": self.batch, "shard": self.shard,
         }  # fmt: skip
 
     def _label(self, method: Method, pool: Pool) -> str:
@@ -243,21 +261,25 @@ class Measurer:
             self.progress.begin(self._label(method, pool), -(-len(pool) // self.shard))
             state = _one_thread(lambda: method.init(self))  # type: ignore[attr-defined]
             work = self._work(method, state, pool)
-            self._fill(work, part, method.columns(state))  # type: ignore[attr-defined]
+            self._fill(work, part, method.columns(state), frame)  # type: ignore[attr-defined]
         finally:
             self._stack.pop()
         write_json(part / "uses.json", sorted(set(frame.uses)))
         if self.task is not None and uses_model(method) and pool.fingerprint in self.encodings:
-            ledger.spent(self._passes(method) * self.task.forward_flops(work.encoded.sizes))
+            ledger.spent(self._passes(method, state) * self.task.forward_flops(work.encoded.sizes))
 
-    def _passes(self, method: Method) -> float:
-        """Forward passes' worth of work an example: none for a scorer that reads features made by another step."""
+    def _passes(self, method: Method, state: Any) -> float:
+        """Forward passes' worth of work an example: none for a scorer that reads features made by another step.
+
+        A state that counts its own passes, such as a probe, knows better than the method's options.
+        """
         if any(isinstance(c, Featurizer) for c in method.children()):
             return 0.0
         single = isinstance(method, Featurizer) or "model" in method.spec()
-        return PASSES[method.cost] * getattr(method, "passes", 1.0) * (1 if single else len(self.models))  # type: ignore[attr-defined]
+        passes = getattr(state, "passes", getattr(method, "passes", 1.0))
+        return PASSES[method.cost] * passes * (1 if single else len(self.models))  # type: ignore[attr-defined]
 
-    def _fill(self, work: Work, part: Path, columns: tuple[str, ...]) -> None:
+    def _fill(self, work: Work, part: Path, columns: tuple[str, ...], frame: _Frame) -> None:
         pool = work.pool
         spans = range(-(-len(pool) // self.shard))
         self.progress.begin(self._label(work.method, pool), len(spans))
@@ -269,7 +291,7 @@ class Measurer:
         for index, values in zip(missing, local.map(compute, work, missing, workers=workers), strict=True):
             writer.write(index, values)
             self.progress.advance()
-        writer.finish(self._meta(work))
+        writer.finish(self._meta(work) | {"notes": frame.notes, "warnings": frame.warnings})
         self.progress.end()
 
     def _meta(self, work: Work) -> dict[str, Any]:
@@ -292,6 +314,8 @@ class _Frame:
     method: Method
     ledger: Ledger
     uses: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def uses(path: Path) -> list[str]:

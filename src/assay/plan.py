@@ -72,7 +72,7 @@ class _Probe:
     task: Any
     path: Path
     recipe: Any
-    rank: int | None
+    feature: Any
     batch: int
     pace: float
 
@@ -81,8 +81,6 @@ def _rates(probe: _Probe, worker: int) -> dict[str, float]:
     """Terms per second of training, of a forward pass and of gradient features, with all workers busy; and memory."""
     import psutil
 
-    from assay.numerics.persample import flatten, gradients
-    from assay.numerics.project import Factored
     from assay.train import loop, optim
     from assay.train.models import init_params
 
@@ -116,12 +114,15 @@ def _rates(probe: _Probe, worker: int) -> dict[str, float]:
 
     def features(at: int) -> float:
         inputs = encoded.inputs(blocks[order[at % len(order)]])
-        flatten(gradients(probe.task.module, lambda: probe.task.loss(params, inputs), sketch)[0]).numpy()
+        flatten(gradients(probe.task.module, probe.task.loss, params, inputs, sketch, only=only)[0], sketch).numpy()
         return float(encoded.sizes[blocks[order[at % len(order)]]].sum())
 
-    sketch = Factored(probe.rank or 0, 0)
+    if probe.feature is not None:
+        from assay.numerics.persample import flatten, gradients
+
+        sketch, only = probe.feature.sketch(), set(probe.feature.names(probe.task))
     found = {"train": _pace(lambda _: train(), 2.0 * probe.pace), "forward": _pace(forward, 0.7 * probe.pace)}
-    if probe.rank is not None:
+    if probe.feature is not None:
         found["gradient"] = _pace(features, 1.2 * probe.pace)
     return {**found, "rss": float(resident(psutil.Process()))}
 
@@ -204,7 +205,7 @@ def estimate(study: Study, pool: Pool, target: Target, rows: int, workers: int, 
         task.prepare(sample, Path(folder))
         encoding += clock.lap() * scale
         encoded = task.encoded(Path(folder))
-        probe = _Probe(task, Path(folder), study.train.recipe, _rank(methods), study.batch, pace)
+        probe = _Probe(task, Path(folder), study.train.recipe, _sketched(methods), study.batch, pace)
         measured = list(local.map(_rates, probe, list(range(busy)), workers=workers))
         text = _text_seconds(sample) * scale
     rates = {k: float(np.mean([m[k] for m in measured])) for k in measured[0]}
@@ -263,9 +264,9 @@ def _features(method: Method) -> list[Method]:
     return [c for c in method.children() if isinstance(c, Featurizer)]
 
 
-def _rank(methods: list[Scorer]) -> int | None:
-    ranks = [getattr(f, "rank", None) for m in methods for f in _features(m)]
-    known = [r for r in ranks if r is not None]
+def _sketched(methods: list[Scorer]) -> Any:
+    """The first featurizer of gradients among the methods, or None."""
+    known = [f for m in methods for f in _features(m) if hasattr(f, "sketch")]
     return known[0] if known else None
 
 
@@ -332,13 +333,12 @@ class _Draft:
                 self._featurize(feature)
             self._of_features(method, features) if features else self._of_examples(method)
 
-    def _width(self, feature: Method) -> int:
+    def _width(self, feature: Any) -> int:
         from assay.numerics.persample import layout
-        from assay.numerics.project import Factored
 
-        if getattr(feature, "rank", None) is None:
+        if not hasattr(feature, "sketch"):
             return getattr(self.task, "width", 64)
-        return sum(w for _, w in layout(self.task.module, Factored(getattr(feature, "rank", 0), 0)))
+        return sum(w for _, w in layout(self.task.module, feature.sketch(), set(feature.names(self.task))))
 
     def _featurize(self, feature: Method) -> None:
         stage = f"features: {feature.name}"
@@ -372,9 +372,8 @@ class _Draft:
             self.add(Step(name, self.text if method.cost == "text" else 0.02, self.base, 8.0 * self.rows))
             return
         seconds = PASSES[method.cost] * method.passes * self.terms * models / self.rates["forward"] / self.busy
-        if method.name == "loss_diff":
-            own = getattr(method, "steps", 0) * getattr(method, "terms_per_step", 0)
-            seconds += own * models / self.rates["train"]
+        target = len(self.target.selecting) * self.terms / self.rows
+        seconds += method.training_terms(self.terms, target) * models / self.rates["train"]
         self.add(Step(name, self._start() + seconds, self.base, 8.0 * self.rows))
 
     def training(self) -> None:

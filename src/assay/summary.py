@@ -265,6 +265,8 @@ def _checks(job: Job) -> list[dict[str, Any]]:
         checks.append(
             {"name": f"{name}: every id scored once", "ok": ok, "detail": f"{len(table)} of {len(job.pool)} rows"}
         )
+        for what, note in table.meta.get("notes", {}).items():
+            checks.append({"name": f"{name}: {what}", "ok": True, "detail": note["detail"]})
     limit, unit = job.budget.amount, job.budget.unit
     for name, selection in job.selections.items():
         if name != "everything":

@@ -14,14 +14,14 @@ import xxhash
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from assay.core.task import Encoded, Task
-from assay.numerics.persample import covered, flatten, gradients, layout
-from assay.numerics.project import Factored, rademacher
+from assay.core.task import Encoded, Inputs, Params, Task
+from assay.numerics.persample import Loss, covered, flatten, gradients, layout
+from assay.numerics.project import Exact, Factored, Sketch, rademacher
 from helpers import classifier, language, looped, text_pool, vector_pool, wide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EXACT = Factored(0, 0)
+EXACT = Exact()
 
 
 class Mixed(nn.Module):
@@ -52,16 +52,21 @@ def mixed(tied: bool = True) -> tuple[Mixed, dict[str, Tensor], Tensor, Tensor]:
     return module, params, tokens, torch.randint(0, 11, (7,), generator=rng)
 
 
+def cased(module: nn.Module) -> Loss:
+    return lambda params, batch: mixed_loss(module, dict(params), batch["tokens"], batch["y"])
+
+
 def mixed_loss(module: nn.Module, params: dict[str, Tensor], tokens: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(functional_call(module, params, (tokens,)), y, reduction="none")
 
 
-def found(task: Task, params: dict[str, Tensor], encoded: Encoded, rows: np.ndarray, sketch: Factored = EXACT):
-    return gradients(task.module, lambda: task.loss(params, encoded.inputs(rows)), sketch)
+def found(task: Task, params: dict[str, Tensor], encoded: Encoded, rows: np.ndarray, sketch: Sketch = EXACT):
+    return gradients(task.module, task.loss, params, encoded.inputs(rows), sketch)
 
 
 def agree(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-10) -> None:
     assert sorted(got) == sorted(want), set(got) ^ set(want)
+    want = {name: truth.flatten(1) for name, truth in want.items()}
     for name in want:
         assert got[name].shape == want[name].shape, (name, got[name].shape, want[name].shape)
         gap = float((got[name] - want[name]).abs().max())
@@ -97,14 +102,14 @@ def test_padding_contributes_nothing(tmp_path):
     padded, loss_padded = found(task, params, encoded, rows)
     agree({n: g[1:] for n, g in padded.items()}, alone, 1e-12)
     assert abs(float(loss_alone[0] - loss_padded[1])) < 1e-12
-    unused = padded["position.weight"][1, encoded.sizes[short] :]
+    unused = padded["position.weight"][1].view(-1, 16)[encoded.sizes[short] :]
     assert (unused == 0).all(), f"positions of padding got a gradient of {float(unused.abs().max()):.1e}"
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_rule_and_shared_parameters(tied):
     module, params, tokens, y = mixed(tied)
-    got, _ = gradients(module, lambda: mixed_loss(module, params, tokens, y), EXACT)
+    got, _ = gradients(module, cased(module), params, {"tokens": tokens, "y": y}, EXACT)
     want: dict[str, list[Tensor]] = {n: [] for n in params}
     for i in range(len(y)):
         leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
@@ -114,7 +119,7 @@ def test_every_rule_and_shared_parameters(tied):
     agree(got, {n: torch.stack(g) for n, g in want.items()})
     assert ("head.weight" in got) != tied
     if not tied:
-        assert (got["token.weight"][0, 3] == 0).all(), "padding_idx takes no gradient"
+        assert (got["token.weight"][0].view(11, 6)[3] == 0).all(), "padding_idx takes no gradient"
 
 
 def test_sum_over_examples_is_the_batch_gradient(tmp_path):
@@ -123,16 +128,16 @@ def test_sum_over_examples_is_the_batch_gradient(tmp_path):
     got, _ = found(task, params, encoded, rows)
     leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
     grads = torch.autograd.grad(task.loss(leaves, encoded.inputs(rows)).sum(), list(leaves.values()))
-    agree({n: g.sum(dim=0) for n, g in got.items()}, dict(zip(leaves, grads, strict=True)))
+    agree({n: g.sum(dim=0)[None] for n, g in got.items()}, {n: g[None] for n, g in zip(leaves, grads, strict=True)})
 
 
 def dense_projection(grad: Tensor, name: str, sketch: Factored) -> Tensor:
     """P_o G P_i^T from the matrices themselves, `[b, ...]`."""
-    left = sketch.side(name, "out", grad.shape[1])
+    left = sketch.side(name, "out", grad.shape[1], grad)
     left = torch.eye(grad.shape[1]).double() if left is None else left.double()
     if grad.dim() == 2:
         return grad @ left.T
-    right = sketch.side(name, "in", grad.shape[2])
+    right = sketch.side(name, "in", grad.shape[2], grad)
     right = torch.eye(grad.shape[2]).double() if right is None else right.double()
     return torch.stack([left @ g @ right.T for g in grad])
 
@@ -143,7 +148,7 @@ def test_projected_decoder_equals_dense_projection(tmp_path, rank):
     params, rows, sketch = wide(task), np.arange(5), Factored(rank, 3)
     full, _ = found(task, params, encoded, rows)
     got, _ = found(task, params, encoded, rows, sketch)
-    agree(got, {n: dense_projection(g, n, sketch) for n, g in full.items()})
+    agree(got, {n: dense_projection(g.view(5, *params[n].shape), n, sketch) for n, g in full.items()})
     blocks = layout(task.module, sketch)
     assert blocks == [(n, got[n][0].numel()) for n in sorted(got)]
     assert flatten(got).shape == (5, sum(width for _, width in blocks))
@@ -154,9 +159,9 @@ def test_projected_decoder_equals_dense_projection(tmp_path, rank):
 def test_projected_shared_parameters_add_up(tied):
     module, params, tokens, y = mixed(tied)
     sketch = Factored(3, 1)
-    full, _ = gradients(module, lambda: mixed_loss(module, params, tokens, y), EXACT)
-    got, _ = gradients(module, lambda: mixed_loss(module, params, tokens, y), sketch)
-    agree(got, {n: dense_projection(g, n, sketch) for n, g in full.items()})
+    full, _ = gradients(module, cased(module), params, {"tokens": tokens, "y": y}, EXACT)
+    got, _ = gradients(module, cased(module), params, {"tokens": tokens, "y": y}, sketch)
+    agree(got, {n: dense_projection(g.view(7, *params[n].shape), n, sketch) for n, g in full.items()})
     assert layout(module, sketch) == [(n, got[n][0].numel()) for n in sorted(got)]
 
 
@@ -164,9 +169,14 @@ def test_shared_bias_is_projected_once():
     module = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9)).double()
     module[2].bias = module[0].bias
     x, sketch = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64), Factored(2, 0)
-    full, _ = gradients(module, lambda: module(x).square().sum(dim=1), EXACT)
-    got, _ = gradients(module, lambda: module(x).square().sum(dim=1), sketch)
-    agree(got, {n: dense_projection(g, n, sketch) for n, g in full.items()})
+    params = {n: p.detach() for n, p in module.named_parameters()}
+
+    def loss(params: Params, batch: Inputs) -> Tensor:
+        return functional_call(module, dict(params), (batch["x"],)).square().sum(dim=1)
+
+    full, _ = gradients(module, loss, params, {"x": x})
+    got, _ = gradients(module, loss, params, {"x": x}, sketch)
+    agree(got, {n: dense_projection(g.view(4, *params[n].shape), n, sketch) for n, g in full.items()})
 
 
 def test_matrix_products_are_unbiased_with_the_stated_variance():
@@ -191,10 +201,13 @@ def test_projected_gradients_are_unbiased_and_linear(kind):
     weights = torch.randn(2, 3, 5, generator=rng, dtype=torch.float64)
     layer = (nn.Linear(7, 5, bias=False) if kind == "linear" else nn.Embedding(7, 5)).double()
 
-    def grads(sketch: Factored, scale: Tensor | None = None) -> Tensor:
+    def loss(params: Params, batch: Inputs) -> Tensor:
+        return (functional_call(layer, dict(params), (batch["x"],)) * batch["w"]).sum(dim=(1, 2))
+
+    def grads(sketch: Sketch, scale: Tensor | None = None) -> Tensor:
         w = weights if scale is None else weights * scale[:, None, None]
-        outputs = lambda: layer(x if kind == "linear" else tokens)  # noqa: E731
-        return flatten(gradients(layer, lambda: (outputs() * w).sum(dim=(1, 2)), sketch)[0])
+        inputs = {"x": x if kind == "linear" else tokens, "w": w}
+        return flatten(gradients(layer, loss, {"weight": layer.weight.detach()}, inputs, sketch)[0])
 
     full = grads(EXACT)
     want = float(full[0] @ full[1])
@@ -207,10 +220,10 @@ def test_projected_gradients_are_unbiased_and_linear(kind):
     # A scatter over entries: one example's projection is the sum over its positions of P_o e_id (P_i d)^T.
     if kind == "embedding":
         sketch = Factored(2, 7)
-        left, right = (sketch.side("weight", s, n) for s, n in (("out", 7), ("in", 5)))
+        left, right = (sketch.side("weight", s, n, weights) for s, n in (("out", 7), ("in", 5)))
         assert left is not None and right is not None
-        by_hand = sum(torch.outer(left[:, t], right @ w.float()) for t, w in zip(tokens[1], weights[1], strict=True))
-        assert torch.allclose(projected[7][1].view(2, 2).float(), torch.as_tensor(by_hand), atol=1e-5)
+        by_hand = sum(torch.outer(left[:, t], right @ w) for t, w in zip(tokens[1], weights[1], strict=True))
+        assert torch.allclose(projected[7][1].view(2, 2), torch.as_tensor(by_hand), rtol=0, atol=1e-12)
 
 
 GOLDEN = """
@@ -256,22 +269,23 @@ def test_hooks_are_removed_also_after_an_exception(tmp_path):
     found(task, params, encoded, np.arange(3))
     assert hooks(task.module) == 0
 
-    def broken() -> Tensor:
-        task.loss(params, encoded.inputs(np.arange(3)))
+    def broken(params: Params, batch: Inputs) -> Tensor:
+        task.loss(params, batch)
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        gradients(task.module, broken, EXACT)
+        gradients(task.module, broken, params, encoded.inputs(np.arange(3)))
     assert hooks(task.module) == 0, "hooks stay after an exception"
 
 
 def test_sketches_travel_without_their_matrices():
-    sketch = Factored(3, 9)
-    before = sketch.side("w", "out", 50)
-    assert before is not None and before.shape == (3, 50)
-    assert sketch.side("w", "out", 3) is None and sketch.width(3) == 3 and sketch.width(50) == 3
-    assert Factored(0, 9).side("w", "out", 50) is None and Factored(0, 9).width(50) == 50
+    sketch, like = Factored(3, 9), torch.zeros(1, dtype=torch.float64)
+    before = sketch.side("w", "out", 50, like)
+    assert before is not None and before.shape == (3, 50) and before.dtype == like.dtype
+    assert sketch.side("w", "out", 3, like) is None
+    assert sketch.width("w", (50, 2, 7)) == 9 and sketch.width("w", (50,)) == 3 and sketch.width("w", (2, 2)) == 4
+    assert Exact().width("w", (50, 2, 7)) == 700
     data = pickle.dumps(sketch)
     assert len(data) < 400, f"{len(data)} bytes"
-    after = pickle.loads(data).side("w", "out", 50)
+    after = pickle.loads(data).side("w", "out", 50, like)
     assert torch.equal(after, before)

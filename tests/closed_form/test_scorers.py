@@ -206,7 +206,9 @@ def test_influence_averages_models(three: World, best: Tensor, tmp_path: Path) -
 def test_heavily_damped_influence_is_graddot(three: World, best: Tensor, tmp_path: Path) -> None:
     models = [three.params(best)]
     found = three.scores(tmp_path / "a", {**EXACT, "damping": 1e7}, models)
-    dots = three.scores(tmp_path / "b", {"name": "graddot", "features": {"name": "gradients", "rank": 0}}, models)
+    dots = three.scores(
+        tmp_path / "b", {"name": "graddot", "features": {"name": "gradients", "projection": "exact"}}, models
+    )
     h = hessian(lambda t: three.losses(t).mean())(best)
     scale = 1e7 * (float(h.trace()) / len(best) + DECAY) * N
     near(found * scale, dots, 1e-5)
@@ -235,7 +237,7 @@ def test_self_influence_is_the_dense_diagonal(three: World, best: Tensor, tmp_pa
 
 
 def exact_features(measure: str = "loss") -> dict[str, Any]:
-    return {"name": "gradients", "rank": 0, "measure": measure}
+    return {"name": "gradients", "projection": "exact", "measure": measure}
 
 
 def looped_flat(w: World, theta: Tensor, encoded: Encoded) -> np.ndarray:

@@ -54,6 +54,11 @@ class Context(Protocol):
     target: Pool
     task: Any
     models: list[dict[str, Any]]
+    optimisers: list[dict[str, Any]]
+    """The state of each scoring model's optimiser: slots (`mean`, `square`, `momentum`) -> name -> tensor, and the
+    numbers `steps`, `betas`, `eps`; empty where it is not known."""
+    barred: np.ndarray
+    """Ids of the pool that contain target items: no model that scores may train on them."""
     seed: int
 
     def table(self, method: Method) -> Table:
@@ -76,12 +81,20 @@ class Context(Protocol):
         """Model-sized batches over the pool or the selecting half, in a fixed order."""
         ...
 
+    def sample(self, count: int) -> Batch:
+        """A keyed sample of the pool: the same examples whatever the order, and whatever the target."""
+        ...
+
     def spent(self, flops: float) -> None:
         """Enter floating-point operations in the compute ledger."""
         ...
 
     def warn(self, message: str) -> None:
         """Tell the user; the message also goes into the report."""
+        ...
+
+    def note(self, what: str, detail: str, **numbers: Any) -> None:
+        """Keep what a method measured of itself: in its Table's meta, and among the report's checks."""
         ...
 
 
@@ -170,6 +183,10 @@ class Scorer(Method, abstract=True):
     def passes(self) -> float:
         """How many times the work of its cost class one example takes: 2 for two forward passes."""
         return 1.0
+
+    def training_terms(self, pool: float, target: float) -> float:
+        """Loss terms that `init` trains on for each scoring model, of a pool and a target of so many terms."""
+        return 0.0
 
     def init(self, context: Context) -> Any:
         """A small picklable state."""

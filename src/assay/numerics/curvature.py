@@ -12,7 +12,6 @@ from assay.core.errors import InputError
 from assay.core.task import Inputs, Params, Task
 from assay.numerics.operator import Curvature
 from assay.numerics.persample import gradients
-from assay.numerics.project import Factored
 
 
 def curvature(
@@ -40,8 +39,5 @@ def curvature(
 
 def exact_gradients(task: Task, params: Params, inputs: Inputs) -> Tensor:
     """Per-example gradients of the loss in the order of `params`, `[b, p]`."""
-    held = {n: p.detach() for n, p in params.items()}
-    found, losses = gradients(task.module, lambda: task.loss(held, inputs), Factored(0, 0))
-    missing = [n for n in params if n not in found]
-    assert not missing, f"no gradient rule for {missing}"
-    return torch.cat([found[n].reshape(len(losses), -1) for n in params], dim=1)
+    found, _ = gradients(task.module, task.loss, params, inputs)
+    return torch.cat([found[n] for n in params], dim=1)

@@ -1,164 +1,251 @@
-"""Per-example gradients by hooks: one forward and one backward to the activations; no weight gradient is formed.
+"""Per-example gradients: one forward, and one backward to the activations; no weight gradient is formed.
 
-A layer's weight gradient for one example is an outer product summed over positions, G = sum_t d_t a_t^T, of its input
-a and of d, the loss's gradient at its output. Legend: b examples, t positions, o outputs, i inputs, r rank.
-Rules exist for Linear (weight, bias), Embedding, LayerNorm and RMSNorm. Parameters used by several layers get the sum.
+Layers with a rule (`numerics.layers`) are read by hooks while the backward pass runs, each as soon as the gradient at
+its output is known. Parameters used by several layers get the sum. Parameters without a rule fall back to
+`vmap(grad)` in chunks, and to one backward an example where vmap cannot go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from assay.numerics.project import Factored
+from assay.core.task import Inputs, Params
+from assay.numerics.layers import Call, Metric, Reader, rule_of
+from assay.numerics.project import Exact, Sketch
+from assay.numerics.readout import Readout
 
-Names = Mapping[str, str]
-"""A layer's own name of each of its parameters -> the module's name of it, under which it is projected."""
-Captured = list[tuple[str, nn.Module, Tensor, Tensor]]
+Loss = Callable[[Params, Inputs], Tensor]
+
+# Examples that the fallback takes at once: their weight gradients are whole in memory.
+CHUNK = 8
+
+
+def trainable(module: nn.Module) -> dict[str, torch.Size]:
+    """Name and shape of each parameter whose gradient counts; shared ones under their first name."""
+    return {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
 
 
 def covered(module: nn.Module) -> set[str]:
-    """Names of the parameters for which a rule exists; shared ones under their first name."""
-    names = {id(p): n for n, p in module.named_parameters()}
-    return {names[id(p)] for m in module.modules() if _rule(m) for p in m.parameters(recurse=False)}
+    """Names of the trainable parameters that only layers with a rule own."""
+    names = {id(p): n for n, p in module.named_parameters() if p.requires_grad}
+    owners = [(m, names[id(p)]) for m in module.modules() for p in m.parameters(recurse=False) if id(p) in names]
+    return {n for _, n in owners} - {n for m, n in owners if rule_of(m) is None}
 
 
-def _rule(layer: nn.Module) -> Callable[..., dict[str, Tensor]] | None:
-    for kind, rule in RULES.items():
-        if isinstance(layer, kind):
-            return rule
-    return None
+def linear(module: nn.Module) -> set[str]:
+    """Names of the trainable parameters of linear layers, readouts included."""
+    names = {id(p): n for n, p in module.named_parameters() if p.requires_grad}
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    return {names[id(p)] for m in layers for p in m.parameters(recurse=False) if id(p) in names}
+
+
+@dataclass
+class _Tape:
+    """Collects what the rules find while the backward pass runs."""
+
+    reader: Reader
+    examples: int
+    found: dict[str, Tensor] = field(default_factory=dict)
+    leaves: list[Tensor] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)
+    """Parameters of calls whose rows are not the examples (routed tokens, flattened batches)."""
+
+    def enter(self, layer: nn.Module, names: Mapping[str, str], a: Tensor, out: Tensor, kept: Tensor | None) -> Tensor:
+        """Watch one call; returns the output that the model goes on with."""
+        if out.shape[0] == 1 < self.examples and not out.requires_grad:
+            # One row for all examples, such as position embeddings: give each its own, to tell their gradients apart.
+            a, out = (x.expand(self.examples, *x.shape[1:]) for x in (a, out))
+        if out.shape[0] != self.examples or a.shape[0] != self.examples:
+            self.lost.update(names.values())
+            return out
+        rule = rule_of(layer)
+        assert rule is not None
+        leaf = not out.requires_grad
+        out = out.detach().requires_grad_() if leaf else out
+
+        def arrived(d: Tensor) -> None:
+            for local, sketched in rule(layer, Call(a.detach(), d.detach(), names, kept), self.reader).items():
+                full = names[local]
+                self.found[full] = self.found[full] + sketched if full in self.found else sketched
+
+        out.register_hook(arrived)
+        if leaf:
+            # Cloned, for the model may write into what it gets, and must not write into a leaf.
+            self.leaves.append(out)
+            return out.clone()
+        return out
 
 
 @contextmanager
-def _hooked(module: nn.Module) -> Iterator[list[tuple[str, nn.Module, Tensor, Tensor]]]:
-    """Record (name, layer, input, output) of every layer with a rule, in order of execution."""
-    seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-
-    def record(name: str) -> Callable[..., Any]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            # The first layers see no tensor that requires grad, since parameters are held fixed here.
-            out = out if out.requires_grad else out.requires_grad_()
-            seen.append((name, layer, args[0].detach(), out))
-            return out
-
-        return hook
-
-    handles = [m.register_forward_hook(record(n)) for n, m in module.named_modules() if _rule(m)]
+def _hooked(module: nn.Module, only: set[str], tape: _Tape) -> Iterator[None]:
+    names = {id(p): n for n, p in module.named_parameters()}
+    handles = []
+    for layer in module.modules():
+        owned = {k: names[id(p)] for k, p in layer.named_parameters(recurse=False) if names[id(p)] in only}
+        if owned and rule_of(layer):
+            handles += _attach(layer, owned, tape)
     try:
-        yield seen
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def capture(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[Captured, Tensor]:
-    """Run `loss() -> [b]` (which calls the module once) and return (name, layer, input a, output gradient d) of each
-    layer, and the losses. Rows of a and d belong to the example of that row: layers must keep examples apart.
+def _attach(layer: nn.Module, names: dict[str, str], tape: _Tape) -> list[Any]:
+    def after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        a = args[0] if args else next(iter(kwargs.values()))
+        losses, kept = out if isinstance(out, tuple) else (out, None)
+        return tape.enter(layer, names, a, losses, kept)
+
+    def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) + len(kwargs) < 2:
+            return None
+        plain = "bias" in names or "weight" not in names
+        keep = None if plain else tape.reader.reduction(names["weight"])
+        return args, {**kwargs, "keep": keep or (lambda d: d.clone())}
+
+    handles = [layer.register_forward_hook(after, with_kwargs=True)]
+    if isinstance(layer, Readout):
+        handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+    return handles
+
+
+def gradients(
+    module: nn.Module, loss: Loss, params: Params, inputs: Inputs, sketch: Sketch | None = None, *,
+    metric: Metric | None = None, only: set[str] | None = None, fallback: set[str] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """Per-example gradients of `loss(params, inputs) -> [b]`, in a metric and through a sketch, by parameter name.
+
+    Returns `{name: [b, width]}` and the losses `[b]`. `only` names the parameters asked for (all trainable ones);
+    `fallback` those among them that go without rules (by default those that `covered` does not name). The metric
+    multiplies each gradient entry by entry before the sketch. Raises `RuntimeError` where examples are coupled.
     """
-    with _hooked(module) as seen, torch.enable_grad():
-        losses = loss()
-        grads = torch.autograd.grad(losses.sum(), [out for *_, out in seen], allow_unused=True)
-    rows = [(n, m, a, torch.zeros_like(o) if d is None else d) for (n, m, a, o), d in zip(seen, grads, strict=True)]
-    return rows, losses.detach()
+    shapes = trainable(module)
+    only = set(shapes) if only is None else only
+    slow = only - covered(module) if fallback is None else only & fallback
+    held = {n: p.detach() for n, p in params.items()}
+    reader = Reader(sketch or Exact(), metric or {})
+    tape = _Tape(reader, _examples(inputs))
+    with _hooked(module, only - slow, tape), torch.enable_grad():
+        losses = loss(held, inputs)
+        if tape.leaves:
+            torch.autograd.grad(losses.sum(), tape.leaves, allow_unused=True)
+    slow = slow | tape.lost
+    found = {n: g for n, g in tape.found.items() if n not in slow}
+    found |= _fallen(loss, held, inputs, slow, reader)
+    for name in only - set(found):  # used in no call: nothing depends on it
+        found[name] = losses.new_zeros(len(losses), reader.sketch.width(name, shapes[name])).detach()
+    return found, losses.detach()
 
 
-def _positions(x: Tensor) -> Tensor:
-    """`[b, ..., d]` as `[b, t, d]`."""
-    return x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+def _examples(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values())))
 
 
-def _linear(layer: nn.Linear, a: Tensor, d: Tensor, names: Names, sketch: Factored) -> dict[str, Tensor]:
-    a_bti, d_bto = _positions(a), _positions(d)
-    left = sketch.side(names["weight"], "out", d_bto.shape[-1])
-    right = sketch.side(names["weight"], "in", a_bti.shape[-1])
-    d_btr = d_bto if left is None else d_bto @ left.T.to(d.dtype)
-    a_btr = a_bti if right is None else a_bti @ right.T.to(a.dtype)
-    grads = {"weight": torch.einsum("bto,bti->boi", d_btr, a_btr)}
-    if layer.bias is not None:
-        grads["bias"] = _vector(d_bto.sum(dim=1), names["bias"], sketch)
-    return grads
+def _fallen(loss: Loss, params: Params, inputs: Inputs, names: set[str], reader: Reader) -> dict[str, Tensor]:
+    """Gradients without rules, for these names only."""
+    if not names:
+        return {}
+    wanted, rest = ({n: p for n, p in params.items() if (n in names) == side} for side in (True, False))
+    parts: dict[str, list[Tensor]] = {n: [] for n in wanted}
+
+    def alone(own: Params, example: Inputs) -> Tensor:
+        return loss({**rest, **own}, {k: v[None] for k, v in example.items()})[0]
+
+    for start in range(0, _examples(inputs), CHUNK):
+        some = {k: v[start : start + CHUNK] for k, v in inputs.items()}
+        for name, part in _formed(alone, loss, wanted, rest, some).items():
+            parts[name].append(reader.full(name, part.detach()))
+    return {n: torch.cat(p) for n, p in parts.items()}
 
 
-def _embedding(layer: nn.Embedding, a: Tensor, d: Tensor, names: Names, sketch: Factored) -> dict[str, Tensor]:
-    assert not layer.scale_grad_by_freq and layer.max_norm is None, "these make examples depend on each other"
-    ids_bt, d_bto = _positions(a[..., None])[..., 0], _positions(d)
-    if layer.padding_idx is not None:
-        d_bto = d_bto * (ids_bt != layer.padding_idx)[..., None]
-    # The weight is [entries, width]: entries are the output side of its gradient, the one-hot input picks a row.
-    left = sketch.side(names["weight"], "out", layer.num_embeddings)
-    right = sketch.side(names["weight"], "in", d.shape[-1])
-    d_btr = d_bto if right is None else d_bto @ right.T.to(d.dtype)
-    if left is not None:
-        return {"weight": torch.einsum("btr,bts->brs", left.T.to(d.dtype)[ids_bt], d_btr)}
-    grads = d.new_zeros(d.shape[0], layer.num_embeddings, d_btr.shape[-1])
-    index = ids_bt[..., None].expand_as(d_btr)
-    return {"weight": grads.scatter_add_(1, index, d_btr)}
+def _formed(alone: Any, loss: Loss, wanted: Params, rest: Params, inputs: Inputs) -> dict[str, Tensor]:
+    """`{name: [b, *shape]}` by vmap, or one by one where the model's operations cannot be vectorised."""
+    # The fused attention kernels have no vmap rule.
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            return vmap(grad(alone), in_dims=(None, 0), randomness="error")(dict(wanted), inputs)
+        except RuntimeError:
+            rows = []
+            for i in range(_examples(inputs)):
+                leaves = {n: p.detach().requires_grad_() for n, p in wanted.items()}
+                one = loss({**rest, **leaves}, {k: v[i : i + 1] for k, v in inputs.items()}).sum()
+                rows.append(torch.autograd.grad(one, list(leaves.values()), materialize_grads=True))
+            return {n: torch.stack(g) for n, g in zip(wanted, zip(*rows, strict=True), strict=True)}
 
 
-def _norm(layer: nn.LayerNorm | nn.RMSNorm, a: Tensor, d: Tensor, names: Names, sketch: Factored) -> dict[str, Tensor]:
-    assert len(layer.normalized_shape) == 1, "a rule exists for norms over the last axis only"
-    if isinstance(layer, nn.LayerNorm):
-        unit = (a - a.mean(-1, keepdim=True)) * (a.var(-1, keepdim=True, unbiased=False) + layer.eps).rsqrt()
-    else:
-        eps = torch.finfo(a.dtype).eps if layer.eps is None else layer.eps
-        unit = a * (a.square().mean(-1, keepdim=True) + eps).rsqrt()
-    grads = {}
-    if layer.weight is not None:
-        grads["weight"] = _vector(_positions(d * unit).sum(dim=1), names["weight"], sketch)
-    if getattr(layer, "bias", None) is not None:
-        grads["bias"] = _vector(_positions(d).sum(dim=1), names["bias"], sketch)
-    return grads
+def flatten(grads: Mapping[str, Tensor], sketch: Sketch | None = None) -> Tensor:
+    """Concatenate by name into `[b, d]`, names sorted; or add up in that order, where the sketch says so."""
+    blocks = [grads[n] for n in sorted(grads)]
+    if sketch is None or not sketch.together:
+        return torch.cat(blocks, dim=1)
+    total = blocks[0].clone()
+    for block in blocks[1:]:
+        total += block
+    return total
 
 
-def _vector(grad_bo: Tensor, name: str, sketch: Factored) -> Tensor:
-    matrix = sketch.side(name, "out", grad_bo.shape[1])
-    return grad_bo if matrix is None else grad_bo @ matrix.T.to(grad_bo.dtype)
+def layout(module: nn.Module, sketch: Sketch, only: set[str] | None = None) -> list[tuple[str, int]]:
+    """Name and width of each block of `flatten(gradients(...), sketch)`, without computing anything."""
+    blocks = [(n, sketch.width(n, s)) for n, s in sorted(trainable(module).items()) if only is None or n in only]
+    return [("all", blocks[0][1])] if sketch.together and blocks else blocks
 
 
-RULES: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
-    nn.Linear: _linear,
-    nn.Embedding: _embedding,
-    nn.LayerNorm: _norm,
-    nn.RMSNorm: _norm,
-}
+@dataclass(frozen=True)
+class Audit:
+    """What a probe batch says about the rules: who may be trusted, and how much of the gradient is read."""
+
+    fallback: tuple[str, ...]
+    """Parameters without a rule, or whose rule does not add up to the batch's gradient."""
+    share: float
+    """Part of the squared gradient norm that lies in the parameters asked for, over the probe's examples."""
+    error: float
+    """Largest relative difference between the sum of the rows and the batch's gradient, both sketched, after the
+    fallback has taken its part."""
 
 
-def gradients(module: nn.Module, loss: Callable[[], Tensor], sketch: Factored) -> tuple[dict[str, Tensor], Tensor]:
-    """Per-example gradients by parameter name, projected by `sketch`: `[b, ...]` each, and the losses `[b]`.
+def audit(
+    module: nn.Module, loss: Loss, params: Params, inputs: Inputs, sketch: Sketch, *, only: set[str] | None = None,
+    tolerance: float = 1e-3, metric: Metric | None = None,
+) -> Audit:  # fmt: skip
+    """Compare the engine with ordinary backward passes on a few examples; nothing about the rules is assumed.
 
-    `Factored(rank=0)` gives the exact ones. Parameters without a rule are missing from the result: see `covered`.
+    A parameter whose rows do not add up (used outside of its layer, or by a layer that does more than its kind) goes
+    to the fallback. Costs one backward an example.
     """
-    names = {id(p): n for n, p in module.named_parameters()}
-    rows, losses = capture(module, loss)
-    found: dict[str, Tensor] = {}
-    for name, layer, a, d in rows:
-        rule = _rule(layer)
-        assert rule is not None
-        # A shared parameter is projected under its first name, so that the sketches of its uses add up.
-        owned = {local: names.get(id(p), f"{name}.{local}") for local, p in layer.named_parameters(recurse=False)}
-        for local, grad in rule(layer, a, d, owned, sketch).items():
-            full = owned[local]
-            found[full] = found[full] + grad if full in found else grad
-    return found, losses
+    only = set(trainable(module)) if only is None else only
+    squares, total = _ordinary(loss, params, inputs, trainable(module))
+    want = {n: Reader(sketch, metric or {}).full(n, g[None])[0] for n, g in total.items() if n in only}
+    fallback = only - covered(module)
+    for _ in range(2):
+        rows, _losses = gradients(module, loss, params, inputs, sketch, metric=metric, only=only, fallback=fallback)
+        scale = {n: float(g.double().norm(dim=1).sum()) for n, g in rows.items()}
+        # Some gradients are zero but for rounding (attention's key biases): those are held to the others' size.
+        least = 1e-3 * max(scale.values(), default=0.0) or 1.0
+        errors = {n: float((rows[n].double().sum(0) - want[n]).norm()) / max(scale[n], least) for n in only}
+        wrong = {n for n, e in errors.items() if not e <= tolerance}
+        if not wrong - fallback:
+            break
+        fallback = fallback | wrong
+    share = sum(s for n, s in squares.items() if n in only) / (sum(squares.values()) or 1.0)
+    return Audit(tuple(sorted(fallback)), share, max(errors.values(), default=0.0))
 
 
-def flatten(grads: Mapping[str, Tensor]) -> Tensor:
-    """Concatenate by name into `[b, d]`, names sorted, rows of matrices first."""
-    return torch.cat([grads[n].flatten(1) for n in sorted(grads)], dim=1)
-
-
-def layout(module: nn.Module, sketch: Factored) -> list[tuple[str, int]]:
-    """Name and width of each block of `flatten(gradients(...))`, without computing anything."""
-    shapes = {n: p.shape for n, p in module.named_parameters()}
-    blocks = []
-    for name in sorted(covered(module)):
-        width = 1
-        for size in shapes[name]:
-            width *= sketch.width(size)
-        blocks.append((name, width))
-    return blocks
+def _ordinary(loss: Loss, params: Params, inputs: Inputs, names: Sequence[str] | Mapping[str, Any]) -> tuple[Any, Any]:
+    """Sums over examples of the squared norm of each parameter's gradient, and of the gradient, by plain backward."""
+    squares, total = dict.fromkeys(names, 0.0), {n: torch.zeros_like(params[n]) for n in names}
+    for i in range(_examples(inputs)):
+        leaves = {n: params[n].detach().requires_grad_() for n in names}
+        one = loss({**params, **leaves}, {k: v[i : i + 1] for k, v in inputs.items()}).sum()
+        for n, g in zip(leaves, torch.autograd.grad(one, list(leaves.values()), materialize_grads=True), strict=True):
+            squares[n] += float(g.double().square().sum())
+            total[n] += g
+    return squares, total

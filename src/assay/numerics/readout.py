@@ -51,7 +51,7 @@ class Readout(nn.Linear):
 
 def _transformed(x: Tensor) -> bool:
     """Whether a function transform (vmap, jvp) is at work on x: those need ordinary operations."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
 
 
 class _Fused(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ class LossDiff(Scorer):
     """How much an example's loss falls when the model takes a short training run on the target: forward passes only.
 
     Formula: s_i = loss_i(params) - loss_i(params') + control (loss_i(params") - loss_i(params')), params' = after
-        `steps` AdamW steps on the selecting half, params" = after the same steps on it with its words shuffled
+        `steps` optimiser steps on the selecting half, params" = after the same steps on it with its words shuffled
     Reference: Brandfonbrener et al. 2024, arXiv:2406.10670 (CoLoR-Filter);
         Mindermann et al. 2022, arXiv:2206.07137 (RHO)
     Note: at control 0 and to first order, s_i = lr sum <P grad_i, grad_target>: utility in the optimiser's metric P.
@@ -25,6 +25,7 @@ class LossDiff(Scorer):
 
     steps: Count = 40
     lr: Positive = 1e-3
+    optimiser: Literal["adamw", "sgd"] = "adamw"
     terms_per_step: Count = 1024
     control: NonNegative = 0.0
     seed: int = 0
@@ -37,14 +38,22 @@ class LossDiff(Scorer):
     def passes(self) -> float:
         return 3.0 if self.control else 2.0
 
+    def training_terms(self, pool: float, target: float) -> float:
+        return self.steps * self.terms_per_step * (2.0 if self.control else 1.0)
+
     def init(self, context: Context) -> Any:
+        from assay.numerics.probe import Pair, Probe
+
         plain = context.target
         shuffled = shuffle_words(plain, self.seed) if self.control else None
-        triples = []
+        models = []
         for params in context.models:
-            moved = self._moved(context, plain, params)
-            triples.append((params, moved, None if shuffled is None else self._moved(context, shuffled, params)))
-        return context.task, triples
+            after = self._moved(context, plain, params)
+            pairs = [Pair(params, after)]
+            if shuffled is not None:
+                pairs.append(Pair(self._moved(context, shuffled, params), after, 1 / self.control))
+            models.append([pairs])
+        return Probe.of(context.task, models)
 
     def _moved(self, context: Context, target: Pool, params: Any) -> Any:
         """Weights after the short run on `target`."""
@@ -54,25 +63,16 @@ class LossDiff(Scorer):
 
         seed = int(digest(self.seed, "loss_diff")[:8], 16)
         recipe = Recipe(
-            steps=self.steps, lr=self.lr, terms_per_step=self.terms_per_step, weight_decay=0.0, warmup=0.1, seed=seed
-        )
+            steps=self.steps, lr=self.lr, optimiser=self.optimiser, terms_per_step=self.terms_per_step,
+            weight_decay=0.0, warmup=0.1, seed=seed,
+        )  # fmt: skip
         encoded = context.encoded(target)
         context.spent(context.task.training_flops(encoded.sizes, recipe.steps * recipe.terms_per_step))
         rows = np.arange(len(encoded))
         return train(context.task, encoded, rows, Selection.everything(target.ids), recipe, start=params).params
 
     def score(self, state: Any, batch: Batch) -> Any:
-        import torch
-
-        task, triples = state
-        total: Any = 0.0
-        with torch.no_grad():
-            for before, after, controlled in triples:
-                own = task.loss(after, batch.inputs)
-                total = total + task.loss(before, batch.inputs) - own
-                if controlled is not None:
-                    total = total + self.control * (task.loss(controlled, batch.inputs) - own)
-        return total / len(triples)
+        return state.read(batch.inputs)
 
 
 def shuffle_words(pool: Pool, seed: int) -> Pool:

@@ -20,6 +20,7 @@ from assay.core.errors import InputError
 from assay.core.keys import canonical, write_json
 from assay.core.pool import Pool
 from assay.core.task import Encoded, Inputs, Params, Task
+from assay.numerics.readout import Readout
 
 
 class _Block(nn.Module):
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
         self.token, self.position = nn.Embedding(vocab, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=1e-5)
-        self.head = nn.Linear(width, vocab, bias=False)
+        self.head = Readout(width, vocab, bias=False)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Final normalised hidden states, `[b, t, width]`."""
@@ -62,8 +63,10 @@ class Decoder(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.head(self.hidden(tokens_BT))
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits, or with targets the cross-entropy of each, `[b, t]`."""
+        hidden = self.hidden(tokens_BT)
+        return self.head(hidden) if targets_BT is None else self.head(hidden, targets_BT)
 
 
 def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -193,10 +196,8 @@ class LanguageModel(Task):
         return Tokens(path, 0)
 
     def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
-        logits = functional_call(self.module, dict(params), (batch["tokens"],))
-        nll = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
-        mask = batch["mask"].to(logits.dtype)
-        return nll.view_as(mask), mask
+        nll = functional_call(self.module, dict(params), (batch["tokens"], batch["targets"]))
+        return nll, batch["mask"].to(nll.dtype)
 
     def hidden(self, params: Params, batch: Inputs) -> Tensor:
         """Final hidden states, `[b, t, width]`."""

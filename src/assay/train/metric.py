@@ -1,0 +1,41 @@
+"""What an optimiser's state says about the scale of each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from assay.core.errors import InputError
+from assay.core.task import Params
+
+
+def preconditioner(state: Mapping[str, Any], *, gradient: Params | None = None) -> dict[str, Tensor]:
+    """Adam's metric P by parameter name: P = 1 / (sqrt(v_hat) + eps), v_hat = v / (1 - b2^steps).
+
+    `state` has the slot `square` (v by name) and, where they are known, the numbers `steps`, `betas` and `eps`; without
+    `steps` v is taken as it stands, the others are those of a `Recipe`. With a `gradient`, v first takes that in, as
+    the optimiser does in the step it is for: v <- b2 v + (1 - b2) g^2. An entry that training hardly met, such as a
+    rare token's, then moves by at most sqrt(1 / (1 - b2)) and not by |g| / eps.
+
+    Raises `InputError` when there is no slot `square`. Source: Kingma & Ba 2015, arXiv:1412.6980.
+    """
+    if not state.get("square"):
+        raise InputError(
+            "the scoring model comes without second moments", where="metric = 'adam'",
+            why="they are the state of AdamW after training; this model has none",
+            fix="metric = 'sgd', or train the scoring models with optimiser = 'adamw'",
+        )  # fmt: skip
+    _, b2 = state.get("betas", (0.9, 0.95))
+    steps, eps = state.get("steps"), state.get("eps", 1e-8)
+    found = {}
+    for name, square in state["square"].items():
+        if gradient is not None:
+            g = gradient[name].to(square.dtype)
+            square = b2 * square + (1 - b2) * g * g
+        taken = None if steps is None else steps + (gradient is not None)
+        bias = 1.0 if taken is None else 1 - b2**taken
+        found[name] = 1 / (torch.sqrt(square / bias) + eps)
+    return found

@@ -1,0 +1,73 @@
+"""The readout that never holds its logits, against logits and cross-entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.numerics import readout
+from assay.numerics.readout import Readout
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+D = torch.float64
+
+
+def made(bias: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Readout, Tensor, Tensor, Tensor]:
+    monkeypatch.setattr(readout, "CHUNK", 4)  # so that rows go over several chunks, the last of them short
+    torch.manual_seed(0)
+    layer = Readout.adopt(nn.Linear(5, 9, bias=bias).double())
+    hidden, weights = torch.randn(2, 7, 5, dtype=D, requires_grad=True), torch.rand(2, 7, dtype=D)
+    return layer, hidden, torch.randint(0, 9, (2, 7)), weights
+
+
+def plain(layer: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    z = F.linear(hidden, layer.weight, layer.bias)
+    return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape), z
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_losses_and_slopes_in_chunks_equal_those_of_logits(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, hidden, targets, weights = made(bias, monkeypatch)
+    want, z = plain(layer, hidden, targets)
+    slope, at_logits = torch.autograd.grad((want * weights).sum(), [hidden, z])
+    layer.requires_grad_(False)
+    got, kept = layer(hidden, targets, keep=lambda d: d[:, :4] * 2)
+    (slope_got,) = torch.autograd.grad((got * weights).sum(), hidden)
+    assert torch.allclose(got, want, rtol=0, atol=1e-14) and torch.allclose(slope_got, slope, rtol=0, atol=1e-14)
+    assert torch.allclose(kept * weights[..., None], at_logits[..., :4] * 2, rtol=0, atol=1e-14)
+
+
+def test_training_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, hidden, targets, weights = made(True, monkeypatch)
+    want = torch.autograd.grad((plain(layer, hidden, targets)[0] * weights).sum(), list(layer.parameters()))
+    got = torch.autograd.grad((layer(hidden, targets) * weights).sum(), list(layer.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_transforms_go_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, hidden, targets, _ = made(False, monkeypatch)
+    layer.requires_grad_(False)
+    rows = torch.func.vmap(torch.func.grad(lambda h, t: layer(h[None], t[None]).sum()))(hidden, targets)
+    (want,) = torch.autograd.grad(plain(layer, hidden, targets)[0].sum(), hidden)
+    assert torch.allclose(rows, want, rtol=0, atol=1e-14)
+
+
+def test_adopting_shares_the_weights() -> None:
+    linear = nn.Linear(3, 4)
+    layer = Readout.adopt(linear)
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    x = torch.randn(2, 3)
+    assert torch.equal(layer(x), linear(x))
+
+
+def test_half_precision_sums_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast the losses are those of float32 sums over logits of half precision."""
+    layer, hidden, targets, _ = made(False, monkeypatch)
+    layer, hidden = layer.float().requires_grad_(False), hidden.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(hidden, targets)
+    z = (hidden.bfloat16() @ layer.weight.bfloat16().T).float()
+    want = F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(got)
+    assert got.dtype == torch.float32 and torch.allclose(got, want, rtol=0, atol=1e-5)
