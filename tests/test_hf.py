@@ -21,6 +21,7 @@ from assay.numerics.persample import covered, gradients
 from assay.numerics.readout import Readout
 from assay.train import loop
 from assay.train.models import train_tokenizer
+from assay.train.moments import estimate_moments, load_moments
 from assay.train.recipe import Recipe
 from helpers import looped, prepared, text_pool
 
@@ -404,6 +405,23 @@ def test_an_adapter(tmp_path: Path) -> None:
     assert not torch.allclose(plain.loss(plain.params(), batch), task.loss(params, batch), atol=1e-3)
     assert plain.describe() != task.describe() and plain.checkpoint_hash() != task.checkpoint_hash()
     assert pickle.loads(pickle.dumps(task)).loss(params, batch).tolist() == task.loss(params, batch).tolist()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_only_the_adapter_is_trained(tmp_path: Path) -> None:
+    causal(tmp_path / "m", "llama")
+    adapted(tmp_path / "a", tmp_path / "m")
+    task, pool = open_model(str(tmp_path / "a"), context=16), text_pool(20)
+    encoded, selection, start = prepared(task, pool, tmp_path / "e"), Selection(pool.ids, np.ones(20)), task.params()
+    recipe = Recipe(steps=10, terms_per_step=150, lr=1e-2, weight_decay=0.1)
+    trained = loop.train(task, encoded, np.arange(20), selection, recipe, tmp_path / "run", start=start)
+    assert trained.losses[-1] < trained.losses[0]
+    moved = {n for n, p in trained.params.items() if not torch.equal(p, start[n])}
+    assert moved == {n for n in start if "lora_" in n} == set(trained.state["square"])
+    found = load_moments(tmp_path / "run", task.module)
+    assert all(torch.equal(found.state["mean"][n], p) for n, p in trained.state["mean"].items()) and found.steps == 10
+    estimated = estimate_moments(task, start, encoded, np.arange(20), pool.ids, terms_per_step=150, steps=2)
+    assert set(estimated.state["square"]) == moved
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -293,13 +293,12 @@ def estimate_moments(
     """
     recipe = Recipe(steps=steps, terms_per_step=terms_per_step, seed=seed)
     ones = np.ones(len(ids))
-    trainable = {name for name, p in task.module.named_parameters() if p.requires_grad}
-    mean = {name: torch.zeros_like(p) for name, p in params.items() if name in trainable}
+    mean = {name: torch.zeros_like(params[name]) for name in loop.trainable(task, params)}
     square = {name: torch.zeros_like(p) for name, p in mean.items()}
     for batch in loop.steps(recipe, Selection(ids, ones), encoded.sizes[rows]):
         grads, _ = loop.gradient(task, params, encoded, rows[batch], ones[batch], terms_per_step)
         for name, grad in zip(params, grads, strict=True):
-            if name in trainable:
+            if name in mean:
                 mean[name] += grad / steps
                 square[name] += grad.square() / steps
     return Moments({"mean": mean, "square": square}, None)
