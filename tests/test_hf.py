@@ -20,7 +20,7 @@ from assay.core.selection import Selection
 from assay.numerics.persample import covered, gradients
 from assay.numerics.readout import Readout
 from assay.train import loop
-from assay.train.models import train_tokenizer
+from assay.train.models import init_params, train_tokenizer
 from assay.train.moments import estimate_moments, load_moments
 from assay.train.recipe import Recipe
 from helpers import looped, prepared, text_pool
@@ -48,11 +48,10 @@ def save_tokenizer(folder: Path, pool: Pool, *, bert: bool = False, **marks: Any
 
 
 def randomised(model: Any, seed: int = 0) -> Any:
-    """Weights that are far from zero, so that nothing agrees by chance."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
+    """Keyed weights that are far from zero, so that nothing agrees by chance."""
+    for name, p in init_params(model, seed).items():
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+        model.get_parameter(name).data.copy_(p + 0.15 * noise)
     return model
 
 
@@ -321,7 +320,7 @@ def test_a_classifier_learns(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     task, pool = sequences(folder, bert()), labelled(24)
     encoded = prepared(task, pool, tmp_path / "e")
-    recipe = Recipe(steps=15, terms_per_step=24, lr=2e-3)
+    recipe = Recipe(steps=25, terms_per_step=24, lr=2e-3)
     trained = loop.train(task, encoded, np.arange(24), Selection(pool.ids, np.ones(24)), recipe, start=task.params())
     assert trained.losses[-1] < 0.7 * trained.losses[0]
     after = loop.evaluate(task, trained.params, encoded)
