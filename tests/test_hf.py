@@ -20,7 +20,8 @@ from assay.core.selection import Selection
 from assay.numerics.persample import covered, gradients
 from assay.numerics.readout import Readout
 from assay.train import loop
-from assay.train.models import train_tokenizer
+from assay.train.models import init_params, train_tokenizer
+from assay.train.moments import estimate_moments, load_moments
 from assay.train.recipe import Recipe
 from helpers import looped, prepared, text_pool
 
@@ -47,11 +48,10 @@ def save_tokenizer(folder: Path, pool: Pool, *, bert: bool = False, **marks: Any
 
 
 def randomised(model: Any, seed: int = 0) -> Any:
-    """Weights that are far from zero, so that nothing agrees by chance."""
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
+    """Keyed weights that are far from zero, so that nothing agrees by chance."""
+    for name, p in init_params(model, seed).items():
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+        model.get_parameter(name).data.copy_(p + 0.15 * noise)
     return model
 
 
@@ -320,7 +320,7 @@ def test_a_classifier_learns(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     task, pool = sequences(folder, bert()), labelled(24)
     encoded = prepared(task, pool, tmp_path / "e")
-    recipe = Recipe(steps=15, terms_per_step=24, lr=2e-3)
+    recipe = Recipe(steps=25, terms_per_step=24, lr=2e-3)
     trained = loop.train(task, encoded, np.arange(24), Selection(pool.ids, np.ones(24)), recipe, start=task.params())
     assert trained.losses[-1] < 0.7 * trained.losses[0]
     after = loop.evaluate(task, trained.params, encoded)
@@ -404,6 +404,23 @@ def test_an_adapter(tmp_path: Path) -> None:
     assert not torch.allclose(plain.loss(plain.params(), batch), task.loss(params, batch), atol=1e-3)
     assert plain.describe() != task.describe() and plain.checkpoint_hash() != task.checkpoint_hash()
     assert pickle.loads(pickle.dumps(task)).loss(params, batch).tolist() == task.loss(params, batch).tolist()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_only_the_adapter_is_trained(tmp_path: Path) -> None:
+    causal(tmp_path / "m", "llama")
+    adapted(tmp_path / "a", tmp_path / "m")
+    task, pool = open_model(str(tmp_path / "a"), context=16), text_pool(20)
+    encoded, selection, start = prepared(task, pool, tmp_path / "e"), Selection(pool.ids, np.ones(20)), task.params()
+    recipe = Recipe(steps=10, terms_per_step=150, lr=1e-2, weight_decay=0.1)
+    trained = loop.train(task, encoded, np.arange(20), selection, recipe, tmp_path / "run", start=start)
+    assert trained.losses[-1] < trained.losses[0]
+    moved = {n for n, p in trained.params.items() if not torch.equal(p, start[n])}
+    assert moved == {n for n in start if "lora_" in n} == set(trained.state["square"])
+    found = load_moments(tmp_path / "run", task.module)
+    assert all(torch.equal(found.state["mean"][n], p) for n, p in trained.state["mean"].items()) and found.steps == 10
+    estimated = estimate_moments(task, start, encoded, np.arange(20), pool.ids, terms_per_step=150, steps=2)
+    assert set(estimated.state["square"]) == moved
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -71,3 +71,10 @@ def test_half_precision_sums_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
     z = (hidden.bfloat16() @ layer.weight.bfloat16().T).float()
     want = F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(got)
     assert got.dtype == torch.float32 and torch.allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_second_derivatives_are_refused_where_they_would_be_wrong() -> None:
+    layer = Readout(3, 5).requires_grad_(False)
+    hidden, targets = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.arange(4)
+    with pytest.raises(AssertionError, match="no second derivatives"):
+        torch.autograd.grad(layer(hidden, targets).sum(), hidden, create_graph=True)

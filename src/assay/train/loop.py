@@ -68,20 +68,30 @@ def blocks(lengths: np.ndarray, area: int = AREA) -> list[np.ndarray]:
     return cut
 
 
+def trainable(task: Task, params: Params) -> list[str]:
+    """Names of the parameters that are trained, in the order of `params`: all but those the task's module freezes."""
+    frozen = {name for name, p in task.module.named_parameters() if not p.requires_grad}
+    return [name for name in params if name not in frozen]
+
+
 def gradient(
     task: Task, params: Params, encoded: Encoded, rows: np.ndarray, weights: np.ndarray, terms: int
 ) -> tuple[list[Tensor], float]:
-    """Gradient of `(1/T) sum_i w_i n_i loss_i`, and that sum; accumulated over micro-batches of like length."""
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    total, value = [torch.zeros_like(p) for p in leaves.values()], 0.0
+    """Gradient of `(1/T) sum_i w_i n_i loss_i` to each parameter, and that sum; accumulated over micro-batches of like
+    length. Zero for frozen parameters."""
+    leaves = {name: params[name].detach().requires_grad_() for name in trainable(task, params)}
+    held, value = {name: p.detach() for name, p in params.items()} | leaves, 0.0
+    total = [torch.zeros_like(p) for p in leaves.values()]
     for block in blocks(encoded.lengths[rows]):
-        nll, mask = task.terms(leaves, encoded.inputs(rows[block]))
+        nll, mask = task.terms(held, encoded.inputs(rows[block]))
         w = torch.as_tensor(weights[block], dtype=nll.dtype)
         loss = (nll * mask).sum(dim=1) @ w / terms
         part = torch.autograd.grad(loss, list(leaves.values()))
         total = [t + p for t, p in zip(total, part, strict=True)]
         value += float(loss.detach())
-    return total, value
+    found = dict(zip(leaves, total, strict=True))
+    # Zeros that take up no memory.
+    return [found[n] if n in found else p.new_zeros(()).expand_as(p) for n, p in params.items()], value
 
 
 def train(
@@ -95,32 +105,34 @@ def train(
     start: Params | None = None,
     save_every: int = 200,
 ) -> Trained:
-    """Train on a Selection whose k-th id stands in row `rows[k]` of `encoded`.
+    """Train on a Selection whose k-th id stands in row `rows[k]` of `encoded`. Frozen parameters stay as they are.
 
     With a `path`, the state is kept there every `save_every` steps, a killed run goes on from it to the same bytes,
     and `checkpoint.safetensors` is written at the end. Raises `InputError` when the loss is not finite.
     """
-    names = list(start) if start is not None else [n for n, _ in task.module.named_parameters()]
     key = digest(recipe.spec(), task.describe(), selection.fingerprint, fingerprint(start) if start else "")
     params = dict(start) if start is not None else init_params(task.module, recipe.seed)
-    state, losses = optim.init(recipe, list(params.values())), []
+    names, moved = list(params), trainable(task, params)
+    state, losses = optim.init(recipe, [params[n] for n in moved]), []
     held = _load_state(path / "state.safetensors", key) if path else None
     if held is not None:
         params = {n: held.params[n] for n in names}
-        state, losses = {k: [v[n] for n in names] for k, v in held.state.items()}, held.losses
+        state, losses = {k: [v[n] for n in moved] for k, v in held.state.items()}, held.losses
     for step, batch in enumerate(steps(recipe, selection, encoded.sizes[rows])):
         if step < len(losses):
             continue
         grads, loss = gradient(task, params, encoded, rows[batch], selection.weights[batch], recipe.terms_per_step)
         if not np.isfinite(loss):
             raise _diverged(f"the training loss is {loss} at step {step}", recipe)
-        values, state = optim.update(recipe, optim.clip(grads, recipe.clip), state, list(params.values()), step)
-        params = dict(zip(names, values, strict=True))
+        slope = dict(zip(names, grads, strict=True))
+        clipped, values = optim.clip([slope[n] for n in moved], recipe.clip), [params[n] for n in moved]
+        values, state = optim.update(recipe, clipped, state, values, step)
+        params |= zip(moved, values, strict=True)
         losses.append(loss * recipe.terms_per_step / max(1, int(encoded.sizes[rows[batch]].sum())))
         if path and (step + 1) % save_every == 0 and step + 1 < recipe.steps:
-            save(path / "state.safetensors", _named(params, state, losses), key)
+            save(path / "state.safetensors", _named(params, moved, state, losses), key)
     _check_finite(params, recipe)
-    trained = _named(params, state, losses)
+    trained = _named(params, moved, state, losses)
     if path:
         save(path / "checkpoint.safetensors", trained, key)
         (path / "state.safetensors").unlink(missing_ok=True)
@@ -138,8 +150,8 @@ def _check_finite(params: Params, recipe: Recipe) -> None:
             raise _diverged(f"{name} has weights that are not finite after the last step", recipe)
 
 
-def _named(params: dict[str, Tensor], state: optim.State, losses: list[float]) -> Trained:
-    return Trained(params, {k: dict(zip(params, v, strict=True)) for k, v in state.items()}, list(losses))
+def _named(params: dict[str, Tensor], moved: list[str], state: optim.State, losses: list[float]) -> Trained:
+    return Trained(params, {k: dict(zip(moved, v, strict=True)) for k, v in state.items()}, list(losses))
 
 
 def save(path: Path, trained: Trained, key: str) -> None:

@@ -159,18 +159,15 @@ def _by_name(state: Mapping[int, Any], groups: list[Any], module: nn.Module, fil
     except (KeyError, TypeError) as error:
         raise InputError("unreadable groups of parameters", where=file, why=repr(error), fix="save it again") from error
     decays = [float(group.get("weight_decay") or 0.0) for group in groups]
-    if groups and all(names is not None and len(names) == len(p) for names, p in zip(told, positions, strict=True)):
-        ways = {tuple(name for names in told for name in names or ())}
-    else:
-        ways = set(_orders(module, [len(p) for p in positions], decays))
     flat = [p for group in positions for p in group]
-    shapes = {name: p.shape for name, p in module.named_parameters(remove_duplicate=False)}
-    known = _namer(module)
-    if any(names is not None for names in told):
-        return {name: state.get(p, {}) for p, name in zip(flat, next(iter(ways)), strict=True)}
+    if groups and all(names is not None and len(names) == len(p) for names, p in zip(told, positions, strict=True)):
+        names = [name for group in told for name in group or ()]
+        return {name: state.get(p, {}) for p, name in zip(flat, names, strict=True)}
+    shapes = {name: p.shape for name, p in module.named_parameters()}
+    ways = set(_orders(module, [len(p) for p in positions], decays))
     fitting = []
     for way in sorted(ways):
-        fits = all(_fits(state.get(p, {}), shapes[known(name)]) for p, name in zip(flat, way, strict=True))
+        fits = all(_fits(state.get(p, {}), shapes[name]) for p, name in zip(flat, way, strict=True))
         fitting += [way] if fits else []
     if len(fitting) == 1:
         return {name: state.get(p, {}) for p, name in zip(flat, fitting[0], strict=True)}
@@ -296,13 +293,12 @@ def estimate_moments(
     """
     recipe = Recipe(steps=steps, terms_per_step=terms_per_step, seed=seed)
     ones = np.ones(len(ids))
-    trainable = {name for name, p in task.module.named_parameters() if p.requires_grad}
-    mean = {name: torch.zeros_like(p) for name, p in params.items() if name in trainable}
+    mean = {name: torch.zeros_like(params[name]) for name in loop.trainable(task, params)}
     square = {name: torch.zeros_like(p) for name, p in mean.items()}
     for batch in loop.steps(recipe, Selection(ids, ones), encoded.sizes[rows]):
         grads, _ = loop.gradient(task, params, encoded, rows[batch], ones[batch], terms_per_step)
         for name, grad in zip(params, grads, strict=True):
-            if name in trainable:
+            if name in mean:
                 mean[name] += grad / steps
                 square[name] += grad.square() / steps
     return Moments({"mean": mean, "square": square}, None)
