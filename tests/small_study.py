@@ -107,7 +107,7 @@ def contents(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
         name = str(path.relative_to(run))
-        if path.name in ("cost.json", ".lock", "report.html"):
+        if path.name in ("cost.json", "command.json", ".lock", "report.html"):
             found[name] = None
         elif name == "result.json" or (name.startswith("dataset") and path.name == "manifest.json"):
             found[name] = timeless(json.loads(path.read_text()))
