@@ -173,7 +173,7 @@ def _featurized(order: Order, run: Run, workers: int, progress: Progress) -> tup
     model = open_model(order.model, order.context)
     encoding = _encoded(run, model.task, part, progress)
     measurer = Measurer(
-        run, pool, part, task=model.task, models=[model.params], encodings={part.fingerprint: encoding},
+        run, pool, pool, task=model.task, models=[model.params], encodings={part.fingerprint: encoding},
         key=model.checkpoint, workers=workers, batch=order.batch, shard=order.shard, area=order.area, progress=progress,
     )  # fmt: skip
     start = time.perf_counter()
