@@ -240,16 +240,21 @@ class Measurer:
 
     def path(self, method: Method, pool: Pool) -> Path:
         """The directory of a method's Table over a pool, computed unless it is there."""
+        path = self._path(method, pool)
+        if self._stack:
+            self._stack[-1].uses.append(path.name)
+        return path
+
+    def _path(self, method: Method, pool: Pool) -> Path:
         held = canonical(method.spec()), pool.fingerprint
         if held not in self._paths:
-            kind, made = "features" if isinstance(method, Featurizer) else "scores", []
+            (name, key), made = self._step(method, pool), []
 
             def build(part: Path, ledger: Ledger) -> None:
                 made.append(part)
                 self._build(method, pool, part, ledger)
 
-            name, label = f"{kind}-{method.name.rpartition('.')[2]}", self._label(method, pool)
-            path = self.run.step(name, self._key(method, pool), build, label=label)
+            path = self.run.step(name, key, build, label=self._label(method, pool))
             if not made:
                 self._mend(method, pool, path)
             self._paths[held] = path
@@ -257,8 +262,6 @@ class Measurer:
                 self.warn(message)
             for name in closure(path):
                 self.run.touch(name)
-        if self._stack:
-            self._stack[-1].uses.append(self._paths[held].name)
         return self._paths[held]
 
     def given(self, method: Method, pool: Pool, path: Path) -> None:
@@ -288,7 +291,13 @@ class Measurer:
         return [self._prints[k] for k in used]
 
     def _mend(self, method: Method, pool: Pool, path: Path) -> None:
-        """Compute the shards of a finished Table anew that are missing or damaged, and no others."""
+        """Compute the shards of a finished Table anew that are missing or damaged, and no others; and of the features
+        that it was made from."""
+        for child in method.children():
+            for member in self.members(child) if isinstance(child, Featurizer) else []:
+                for source in (self.pool, self.target):
+                    if self.run.place(*self._step(member, source))[0].exists():
+                        self._path(member, source)
         try:
             if Table.open(path).intact():
                 return
@@ -297,8 +306,10 @@ class Measurer:
         self.progress.warn(f"{path} is damaged: the shards that are not whole are computed anew")
         self._build(method, pool, path, Ledger())
 
-    def _key(self, method: Method, pool: Pool) -> dict[str, Any]:
-        return {
+    def _step(self, method: Method, pool: Pool) -> tuple[str, dict[str, Any]]:
+        """Name and key of the step that makes a method's Table."""
+        kind = "features" if isinstance(method, Featurizer) else "scores"
+        return f"{kind}-{method.name.rpartition('.')[2]}", {
             "method": method.spec(), "code": [m.code() for m in _family(method)], "pool": pool.fingerprint,
             # Features do not look at the target: another target finds them made.
             "target": None if isinstance(method, Featurizer) else self.target.fingerprint,
@@ -309,7 +320,7 @@ class Measurer:
 
     def _label(self, method: Method, pool: Pool) -> str:
         what = "features" if isinstance(method, Featurizer) else "score"
-        return f"{what}: {method.name}" + (" (target)" if pool is self.target else "")
+        return f"{what}: {method.name}" + (" (target)" if pool is self.target and pool is not self.pool else "")
 
     def _work(self, method: Method, state: Any, pool: Pool) -> Work:
         path = self.encodings.get(pool.fingerprint)

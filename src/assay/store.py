@@ -24,7 +24,7 @@ from assay.core.method import Featurizer, Scorer, discover, find, make
 from assay.core.pool import Pool
 from assay.core.progress import Progress
 from assay.core.run import Meter, Run
-from assay.core.table import Table
+from assay.core.table import Table, join
 from assay.data.ingest import read_step
 from assay.data.readers import Source
 from assay.engine import local
@@ -173,7 +173,7 @@ def _featurized(order: Order, run: Run, workers: int, progress: Progress) -> tup
     model = open_model(order.model, order.context)
     encoding = _encoded(run, model.task, part, progress)
     measurer = Measurer(
-        run, pool, part, task=model.task, models=[model.params], encodings={part.fingerprint: encoding},
+        run, pool, pool, task=model.task, models=[model.params], encodings={part.fingerprint: encoding},
         key=model.checkpoint, workers=workers, batch=order.batch, shard=order.shard, area=order.area, progress=progress,
     )  # fmt: skip
     start = time.perf_counter()
@@ -323,14 +323,16 @@ def score(
         try:
             asked, told = _read(run, Source(paths=target, text=text or about["text"], id=id), "target", progress)
             tables = [Table.open(store.features) for store in stores]
-            joined = Table.join(tables, Path(folder, "joined"), tables[0].meta)
+            key = [str(store.features.absolute()) for store in stores]
+            place = run.step("joined", key, lambda part, _: join(tables, part, tables[0].meta))
+            joined = Table.open(place)
             pool, encoding = Pool.bare(joined.ids), _encoded(run, held.task, asked, progress)
             measurer = Measurer(
                 run, pool, asked, task=held.task, models=[held.params], encodings={asked.fingerprint: encoding},
                 key=held.checkpoint, workers=workers or local.default_workers(), batch=about["batch"],
                 shard=about["shard"], area=about["area"], progress=progress,
             )  # fmt: skip
-            measurer.given(feature, pool, Path(folder, "joined"))
+            measurer.given(feature, pool, place)
             columns = {name: measurer.table(method).values[:, 0] for name, method in chosen.items()}
         finally:
             run.close()

@@ -201,13 +201,14 @@ def show_scores(found: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     title = f"{found['rows']:,} examples scored for {found['target']:,} of the target"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("method", "lowest", "median", "highest", "above zero", "best ids"):
-        table.add_column(name, justify="left" if name in ("method", "best ids") else "right", no_wrap=True)
+    for name in ("method", "lowest", "median", "highest", "above zero"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for name, spread in found["methods"].items():
         numbers = [f"{spread[k]:+.3g}" for k in ("lowest", "median", "highest")]
-        best = Text(" ".join(one["id"] for one in spread["top"][:3]), overflow="ellipsis")
-        table.add_row(Text(name), *numbers, f"{spread['positive']:.0%}", best)
+        table.add_row(Text(name), *numbers, f"{spread['positive']:.0%}")
     console.print(table)
+    for name, spread in found["methods"].items():
+        console.print(Text(f"best by {name}: " + ", ".join(one["id"] for one in spread["top"][:3])))
     console.print(
         Text("positive = adding the example lowers the target's loss; methods have units of their own", "dim")
     )

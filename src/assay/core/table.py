@@ -149,37 +149,36 @@ class Table:
         values = np.stack([table[n].to_numpy().astype(np.float64) for n in names], axis=1)
         return cls(encode_ids(given), names, values).align(ids)
 
-    @classmethod
-    def join(cls, parts: Sequence[Table], path: Path, meta: dict[str, Any]) -> Table:
-        """The rows of several Tables on disk, one after the other, as a Table at `path` that reads their own shards.
-
-        Nothing but ids is copied. Raises `InputError` for other columns, or for an id that two of them have.
-        """
-        first = parts[0]
-        for part in parts:
-            assert part._path is not None, "only tables on disk are joined"
-            if part.columns != first.columns:
-                raise InputError("the tables have other columns", where=f"{first._path}, {part._path}")
-        width = max(part.ids.dtype.itemsize for part in parts)
-        ids = np.concatenate([part.ids.astype(f"S{width}") for part in parts])
-        once, counts = np.unique(ids, return_counts=True)
-        if len(once) < len(ids):
-            raise InputError(
-                f"{len(ids) - len(once)} ids stand in more than one of the tables",
-                where=", ".join(str(part._path) for part in parts),
-                why=f"the first is {decode_ids(once[counts > 1][:1])[0]!r}", fix="give each part once",
-            )  # fmt: skip
-        path.mkdir(parents=True, exist_ok=True)
-        shards = [_moved(shard, Path(os.path.abspath(str(p._path)))) for p in parts for shard in p._shards]
-        _write_manifest(path, ids, first.columns, shards, meta)
-        return cls.open(path)
-
     def save(self, path: Path) -> Table:
         """Write to disk as one shard and open it again."""
         writer = TableWriter(path, self.ids, self.columns, shard_rows=max(1, len(self)), dtype=self.values.dtype)
         if len(self):
             writer.write(0, self.values)
         return writer.finish(self.meta)
+
+
+def join(parts: Sequence[Table], path: Path, meta: dict[str, Any]) -> None:
+    """Write at `path` a Table of the rows of several on disk, one after the other, that reads their own shards.
+
+    Nothing but ids is copied. Raises `InputError` for other columns, or for an id that two of them have.
+    """
+    folders = [Path(os.path.abspath(str(part._path))) for part in parts if part._path is not None]
+    where = ", ".join(map(str, folders))
+    assert len(folders) == len(parts), "only tables on disk are joined"
+    if any(part.columns != parts[0].columns for part in parts):
+        raise InputError("the tables have other columns", where=where, fix="join tables of one method and model")
+    width = max(part.ids.dtype.itemsize for part in parts)
+    ids = np.concatenate([part.ids.astype(f"S{width}") for part in parts])
+    ordered = np.sort(ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise InputError(
+            f"{len(twice)} ids stand in more than one of the tables", where=where,
+            why=f"the first is {decode_ids(twice[:1])[0]!r}", fix="give each part once",
+        )  # fmt: skip
+    shards = [_moved(shard, at) for part, at in zip(parts, folders, strict=True) for shard in part._shards]
+    path.mkdir(parents=True, exist_ok=True)
+    _write_manifest(path, ids, parts[0].columns, shards, meta)
 
 
 class TableWriter:

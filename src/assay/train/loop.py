@@ -205,7 +205,7 @@ def fingerprint(params: Params) -> str:
 
     def content(v: Tensor) -> str:
         # As plain bytes, for numpy does not know every type that torch has; and without a copy.
-        return xxhash.xxh3_128_hexdigest(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return xxhash.xxh3_128_hexdigest(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     return digest([(k, str(v.dtype), list(v.shape), content(v)) for k, v in sorted(params.items())])
 
