@@ -281,7 +281,8 @@ def test_the_featurizer_takes_the_sketch_that_its_options_name(options, want, tm
 
 
 @pytest.mark.parametrize(
-    "options", [{"rank": 4}, {"projection": "factored", "size": 64}, {"projection": "exact", "size": 64}]
+    "options",
+    [{"projection": "sparse", "rank": 4}, {"projection": "factored", "size": 64}, {"projection": "exact", "size": 64}],
 )
 def test_an_option_of_another_sketch_is_refused(options):
     feature = make(Featurizer, {"name": "gradients", **options})

@@ -38,8 +38,8 @@ VECTORS = {
     "influence": "the Gauss-Newton matrix needs the task's logits, and the solvers are for a few thousand weights",
     "self_influence": "as influence",
 }
-# Methods that have fields without a default, or defaults for larger models than these: how to make them.
-OPTIONS: dict[str, dict[str, Any]] = {"trak": {"features": {"name": "gradients", "size": 512}}}
+# Methods whose every field has no default: how to make them. Empty as long as all have defaults.
+OPTIONS: dict[str, dict[str, Any]] = {}
 # Methods whose numbers are known to fewer digits than 1e-5 of the largest, and why.
 DIGITS = {"directional": (5e-4, "a derivative is a small difference of float32 losses, each with seven digits")}
 
