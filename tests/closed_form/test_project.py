@@ -266,13 +266,13 @@ def test_uses_of_a_shared_parameter_add_up(kind):
         ({"projection": "dense", "size": 64}, Dense(64, 5)),
         ({"projection": "factored", "rank": 3}, Factored(3, 5)),
         ({"projection": "exact"}, Exact()),
-        ({}, Sparse(4096, 5)),
+        ({}, Factored(16, 5)),
     ],
 )
 def test_the_featurizer_takes_the_sketch_that_its_options_name(options, want, tmp_path):
     task, encoded, params = decoder(tmp_path)
     feature = make(Featurizer, {"name": "gradients", "seed": 5, **options})
-    state = _State(task, params, feature.sketch(), feature.names(task), frozenset())  # type: ignore[attr-defined]
+    state = _State(task, params, feature.sketch(), feature.names(task), frozenset(), {})  # type: ignore[attr-defined]
     batch = SimpleNamespace(inputs=encoded.inputs(np.arange(4)))
     rows = feature.featurize(state, batch)  # type: ignore[arg-type]
     close(rows, flatten(gradients(task.module, task.loss, params, batch.inputs, want)[0], want))
