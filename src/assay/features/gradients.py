@@ -43,13 +43,13 @@ class Gradients(Featurizer):
         'factored': concat over layers of P_o (d loss_i / d W) P_i^T, entries of P +-1/sqrt(rank)
     Reference: Hu et al. 2025, arXiv:2505.18976 (sparse, masked); Choe et al. 2024, arXiv:2405.13954 (factored);
         Park et al. 2023, arXiv:2303.14186 (dense)
-    Note: factored forms no gradient of the size of a weight and costs less than training on the example; sparse costs
-        half as much again and, for as many numbers, ranks about twice as close to exact gradients; size is for
-        'sparse', 'masked' and 'dense', rank for 'factored'; measure = 'margin' is for classifiers, f = log p - log(1 - p); layers = 'linear'
-        leaves out embeddings, norms and convolutions; metric multiplies gradients by v_hat^(-1/4) of the scoring
-        model's optimiser, so that products are those of Adam's metric ('adam' forms each gradient whole, 'adafactor'
-        takes the best rank-one v_hat and costs nothing; momentum only scales, so 'sgd' is its metric too); 'bfloat16'
-        runs the model in it and sums in float32
+    Note: factored forms no gradient of the size of a weight and costs less than training on the example; sparse
+        costs half as much again and, for as many numbers, ranks about twice as close to exact gradients; size is for
+        'sparse', 'masked' and 'dense', rank for 'factored'; measure = 'margin' is for classifiers, f = log p - log(1
+        - p); layers = 'linear' leaves out embeddings, norms and convolutions; metric multiplies gradients by
+        v_hat^(-1/4) of the scoring model's optimiser, so that products are those of Adam's metric ('adam' forms each
+        gradient whole, 'adafactor' takes the best rank-one v_hat and costs nothing; momentum only scales, so 'sgd' is
+        its metric too); 'bfloat16' runs the model in it and sums in float32
     """
 
     projection: Literal["sparse", "factored", "masked", "dense", "exact"] = "factored"
