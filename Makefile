@@ -1,7 +1,7 @@
 # make demo            the whole loop on data that comes with Python; DEMO=digits for the other demo
 # make test            the tests that take seconds; make test-slow: the others
 # make lint            style, types, and whether the generated pages are up to date
-# make bench           the benchmarks; make docs: write the generated pages anew
+# make bench           the benchmarks; make bench-gradients, bench-core: one of them; make docs: write the generated pages anew
 
 PYTHON ?= python3
 DEMO ?= text
@@ -29,6 +29,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file $(ARGS); done
+
+bench-%: $(STAMP)
+	$(BIN)/python benchmarks/$*.py $(ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

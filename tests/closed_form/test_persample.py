@@ -17,6 +17,7 @@ from torch.func import functional_call
 from assay.core.task import Encoded, Inputs, Params, Task
 from assay.numerics.persample import Loss, covered, flatten, gradients, layout
 from assay.numerics.project import Exact, Factored, Sketch, rademacher
+from assay.train.models import init_params
 from helpers import classifier, language, looped, text_pool, vector_pool, wide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,3 +290,15 @@ def test_sketches_travel_without_their_matrices():
     assert len(data) < 400, f"{len(data)} bytes"
     after = pickle.loads(data).side("w", "out", 50, like)
     assert torch.equal(after, before)
+
+
+def test_bfloat16_sums_in_single_precision_and_keeps_the_direction(tmp_path):
+    task, encoded = language(text_pool(9), tmp_path, width=64)
+    params, inputs = init_params(task.module, 0), encoded.inputs(np.arange(9))
+    sketch = Factored(16, 1)
+    exact = flatten(gradients(task.module, task.loss, params, inputs, sketch)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        half = flatten(gradients(task.module, task.loss, params, inputs, sketch)[0])
+    assert half.dtype == torch.float32
+    cosine = torch.cosine_similarity(exact, half)
+    assert float(cosine.min()) > 0.98, cosine

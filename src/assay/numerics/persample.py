@@ -72,7 +72,10 @@ class _Tape:
         out = out.detach().requires_grad_() if leaf else out
 
         def arrived(d: Tensor) -> None:
-            for local, sketched in rule(layer, Call(a.detach(), d.detach(), names, kept), self.reader).items():
+            # The model may run in half precision; sums over positions and what the sketch does to them may not.
+            with torch.autocast(d.device.type, enabled=False):
+                rows = rule(layer, Call(a.detach(), d.detach(), names, kept), self.reader)
+            for local, sketched in rows.items():
                 full = names[local]
                 self.found[full] = self.found[full] + sketched if full in self.found else sketched
 

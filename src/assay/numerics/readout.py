@@ -77,7 +77,8 @@ class _Fused(torch.autograd.Function):
             if slopes is not None:
                 slopes[rows] = z.to(weight.dtype) @ weight
             if keep is not None:
-                kept.append(keep(z))
+                with torch.autocast(z.device.type, enabled=False):
+                    kept.append(keep(z))
         ctx.save_for_backward(slopes)
         extra = torch.cat(kept) if kept else losses.new_zeros(0)
         ctx.mark_non_differentiable(extra)
