@@ -82,12 +82,13 @@ class Work:
     batch: int
     shard: int
     area: int = AREA
-    writer: TableWriter | None = None
+    form: tuple[Path, tuple[str, ...], Any] | None = None
+    """Where the Table is made, its columns and its dtype."""
     _open: dict[str, Table] = field(default_factory=dict)
     _held: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "encoded"} | {"_open": {}, "_held": {}}
+        return {k: v for k, v in self.__dict__.items() if k not in ("encoded", "writer")} | {"_open": {}, "_held": {}}
 
     @cached_property
     def encoded(self) -> Encoded:
@@ -95,6 +96,12 @@ class Work:
             f"{self.method.name} asked for model inputs without a task"
         )
         return self.task.encoded(self.path)
+
+    @cached_property
+    def writer(self) -> TableWriter:
+        assert self.form is not None
+        path, columns, dtype = self.form
+        return TableWriter(path, self.pool.ids, columns, shard_rows=self.shard, dtype=dtype)
 
     def opened(self, method: Method) -> Table:
         key = canonical(method.spec())
@@ -146,7 +153,6 @@ def compute(work: Work, index: int) -> np.ndarray:
 
 def publish(work: Work, index: int) -> None:
     """Compute one shard and write it where it belongs: no numbers travel between processes."""
-    assert work.writer is not None
     work.writer.write(index, compute(work, index))
 
 
@@ -357,7 +363,8 @@ class Measurer:
         spans = range(-(-len(pool) // self.shard))
         self.progress.begin(self._label(work.method, pool), len(spans))
         dtype = work.method.store if isinstance(work.method, Featurizer) else np.float64
-        work.writer = writer = TableWriter(part, pool.ids, columns, shard_rows=self.shard, dtype=dtype)
+        work.form = part, columns, dtype
+        writer = work.writer
         missing = [i for i in spans if not writer.has(i)]
         self.progress.skip(len(spans) - len(missing))
         workers = self.workers if uses_model(work.method) or len(pool) > 20 * self.shard else 1

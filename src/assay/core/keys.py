@@ -26,6 +26,14 @@ def digest(*parts: Any) -> str:
     return xxhash.xxh3_128_hexdigest(canonical(parts).encode())
 
 
+def digest_ids(ids: np.ndarray) -> str:
+    """xxh3-128 of ids joined by newlines, streamed."""
+    hasher = xxhash.xxh3_128()
+    for start in range(0, len(ids), 4096):
+        hasher.update((b"\n" if start else b"") + b"\n".join(ids[start : start + 4096].tolist()))
+    return hasher.hexdigest()
+
+
 def digest_file(path: Path) -> str:
     """xxh3-128 of a file's bytes, streamed."""
     hasher = xxhash.xxh3_128()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from assay.core.errors import InputError, nearest
-from assay.core.keys import decode_ids, digest, encode_ids, write_json
+from assay.core.keys import decode_ids, digest, digest_ids, encode_ids, write_json
 
 # Columns whose bytes make the content id, in this order, when they are present.
 CONTENT = ("text", "image", "pixels", "label")
@@ -105,6 +105,18 @@ class Pool:
     def __init__(self, store: _MemoryRows | _FileRows, ids: np.ndarray, contents: np.ndarray, rows: np.ndarray) -> None:
         assert len(ids) == len(contents) == len(rows)
         self._store, self.ids, self.contents, self._rows = store, ids, contents, rows
+        self._span: tuple[int, int] | None = None
+        """The stored rows that these are, when they are a run of a pool on disk: ids are then mapped, not held."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._span is None:
+            return self.__dict__
+        return {"_store": self._store, "_span": self._span, "fingerprint": self.fingerprint}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._span is not None:
+            self.__dict__.update(Pool.open(self._store.path).at(slice(*self._span)).__dict__)  # type: ignore[union-attr]
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Sequence[Any]] | pa.Table) -> Pool:
@@ -127,9 +139,11 @@ class Pool:
         info = json.loads((path / "pool.json").read_text())
         assert info["format"] == FORMAT, f"{path} has format {info['format']}, this is {FORMAT}"
         store = _FileRows(path, tuple(info["columns"]), info["shard_rows"])
-        ids = np.load(path / "ids.npy", allow_pickle=False)
-        contents = np.load(path / "contents.npy", allow_pickle=False)
-        return cls(store, ids, contents, np.arange(len(ids)))
+        mapped: Any = "r" if info["rows"] else None  # an empty file cannot be mapped
+        ids, contents = (np.load(path / f"{n}.npy", mmap_mode=mapped, allow_pickle=False) for n in ("ids", "contents"))
+        pool = cls(store, ids, contents, np.arange(len(ids)))
+        pool._span = 0, len(ids)
+        return pool
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -144,8 +158,7 @@ class Pool:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of ids and contents in order: what stages are keyed by."""
-        return digest(len(self), xxhash.xxh3_128_hexdigest(b"\n".join(self.ids.tolist())),
-                      xxhash.xxh3_128_hexdigest(b"\n".join(self.contents.tolist())))  # fmt: skip
+        return digest(len(self), digest_ids(self.ids), digest_ids(self.contents))
 
     def column(self, name: str) -> list[Any]:
         """Values of one column in this pool's order. Raises `InputError` for an unknown name."""
@@ -169,10 +182,11 @@ class Pool:
 
     def at(self, positions: np.ndarray | Sequence[int] | slice) -> Pool:
         """The rows at these positions, in the order given; ids stay."""
-        index = (
-            np.arange(len(self))[positions] if isinstance(positions, slice) else np.asarray(positions, dtype=np.int64)
-        )
-        return Pool(self._store, self.ids[index], self.contents[index], self._rows[index])
+        index = positions if isinstance(positions, slice) else np.asarray(positions, dtype=np.int64)
+        view = Pool(self._store, self.ids[index], self.contents[index], self._rows[index])
+        if self._span is not None and isinstance(index, slice) and index.step in (None, 1) and len(view):
+            view._span = int(view._rows[0]), int(view._rows[-1]) + 1
+        return view
 
     def take(self, ids: Iterable[str | bytes]) -> Pool:
         """The rows with these ids, in the order given. Raises `InputError` for an unknown id."""
@@ -201,18 +215,43 @@ def positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return index
 
 
+class _Seen:
+    """Which 16-byte keys were met: sorted runs of numpy arrays, of doubling lengths."""
+
+    def __init__(self) -> None:
+        self.runs: list[np.ndarray] = []
+
+    def among(self, keys: np.ndarray) -> np.ndarray:
+        """Which of these were added before, `[n]` bool."""
+        found = np.zeros(len(keys), dtype=bool)
+        for run in self.runs:
+            found |= run[np.minimum(np.searchsorted(run, keys), len(run) - 1)] == keys
+        return found
+
+    def add(self, keys: np.ndarray) -> None:
+        fresh = np.sort(keys)
+        while self.runs and len(self.runs[-1]) <= 2 * len(fresh):
+            fresh = np.sort(np.concatenate([self.runs.pop(), fresh]), kind="stable")
+        self.runs += [fresh] if len(fresh) else []
+
+
+def _keys(values: Sequence[str]) -> np.ndarray:
+    return np.array([xxhash.xxh3_128_digest(v.encode()) for v in values], dtype="S16")
+
+
 class PoolWriter:
-    """Streams Arrow tables into a directory that `Pool.open` reads. Constant memory but for ids (about 100 B a row).
+    """Streams Arrow tables into a directory that `Pool.open` reads. Constant memory but for ids (16 B a row for those
+    that were met, and their own bytes twice).
 
     Rows with an id that was used before are returned by `write` as positions, for the caller to quarantine.
     """
 
     def __init__(self, path: Path, *, shard_rows: int = 2048) -> None:
         self.path, self.shard_rows = path, shard_rows
-        self.ids: list[str] = []
-        self.contents: list[str] = []
-        self._used: dict[str, int] = {}
-        self._seen: dict[str, int] = {}
+        self._ids: list[np.ndarray] = []
+        self._contents: list[np.ndarray] = []
+        self._seen = _Seen()
+        self._repeats: dict[str, int] = {}
         self._pending: list[pa.Table] = []
         self._shards = 0
         self._names: tuple[str, ...] = ()
@@ -222,21 +261,24 @@ class PoolWriter:
         """Append rows; returns the positions in `table` whose user-given id repeats an earlier one (not written)."""
         contents = _contents(table)
         given = table["id"].to_pylist() if "id" in table.column_names else None
-        kept, repeated = [], []
-        for row, content in enumerate(contents):
-            if given is None:
-                count = self._seen.get(content, 0)
-                self._seen[content] = count + 1
-                name = f"{content}-{count}" if count else content
-            else:
-                name = given[row]
-                if name in self._used:
-                    repeated.append(row)
-                    continue
-                self._used[name] = len(self.ids)
+        names = contents if given is None else given
+        keys = _keys(names)
+        before, here = self._seen.among(keys), set[str]()
+        kept, repeated, ids = [], [], []
+        for row, (name, known) in enumerate(zip(names, before.tolist(), strict=True)):
+            again = known or name in here
+            here.add(name)
+            if again and given is not None:
+                repeated.append(row)
+                continue
             kept.append(row)
-            self.ids.append(name)
-            self.contents.append(content)
+            if again:
+                count = self._repeats[name] = self._repeats.get(name, 0) + 1
+                name = f"{name}-{count}"
+            ids.append(name)
+        self._seen.add(np.unique(keys[~before]))
+        self._ids.append(encode_ids(ids))
+        self._contents.append(encode_ids(contents[row] for row in kept))
         self._names = self._names or tuple(table.column_names)
         self._pending.append(table.take(pa.array(kept, pa.int64())) if repeated else table)
         self._flush(self.shard_rows)
@@ -256,8 +298,20 @@ class PoolWriter:
     def finish(self, **info: Any) -> Pool:
         """Write what is left and the index; `info` is kept in `pool.json`."""
         self._flush(1)
-        np.save(self.path / "ids.npy", encode_ids(self.ids), allow_pickle=False)
-        np.save(self.path / "contents.npy", encode_ids(self.contents), allow_pickle=False)
-        about = {"format": FORMAT, "columns": list(self._names), "shard_rows": self.shard_rows, "rows": len(self.ids)}
+        rows = _save(self.path / "ids.npy", self._ids)
+        _save(self.path / "contents.npy", self._contents)
+        about = {"format": FORMAT, "columns": list(self._names), "shard_rows": self.shard_rows, "rows": rows}
         write_json(self.path / "pool.json", {**about, **info})
         return Pool.open(self.path)
+
+
+def _save(file: Path, blocks: list[np.ndarray]) -> int:
+    """Ids, block after block, as one array file; how many there are."""
+    blocks = [block for block in blocks if len(block)]
+    width, rows = max((block.dtype.itemsize for block in blocks), default=1), sum(map(len, blocks))
+    with open(file, "wb") as out:
+        header = {"descr": f"|S{width}", "fortran_order": False, "shape": (rows,)}
+        np.lib.format.write_array_header_1_0(out, header)
+        for block in blocks:
+            out.write(block.astype(f"S{width}").tobytes())
+    return rows

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from assay.core.errors import InputError, nearest
-from assay.core.keys import decode_ids, digest, encode_ids, write_bytes, write_json
+from assay.core.keys import decode_ids, digest, digest_ids, encode_ids, write_bytes, write_json
 from assay.core.pool import positions
 
 FORMAT = 2
@@ -205,7 +205,7 @@ class TableWriter:
 
     def _key(self, index: int) -> str:
         start, stop = self.span(index)
-        return digest(self._form, xxhash.xxh3_128_hexdigest(b"\n".join(self.ids[start:stop].tolist())))
+        return digest(self._form, digest_ids(self.ids[start:stop]))
 
     def _marker(self, index: int) -> dict[str, Any] | None:
         """What is noted of a shard that was published for the same ids and columns."""

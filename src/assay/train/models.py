@@ -130,19 +130,20 @@ class Tokens(Encoded):
 
     def __init__(self, path: Path, start: int) -> None:
         info = json.loads((path / "tokens.json").read_text())
-        self.offsets = np.load(path / "offsets.npy", allow_pickle=False)
+        self.offsets = np.load(path / "offsets.npy", mmap_mode="r", allow_pickle=False)
         self.sizes = np.diff(self.offsets)
-        size = int(self.offsets[-1])
-        self.flat = np.memmap(path / "tokens.bin", info["dtype"], "r", shape=(size,)) if size else np.zeros(0, np.int64)
+        self.path, self.dtype = path / "tokens.bin", info["dtype"]
         self.start = start
 
     def padded(self, rows: np.ndarray, fill: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids of these rows, filled up at the end, `[b, t]`, and where they stand, `[b, t]`."""
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         longest = int(lengths.max(initial=1))
+        # Mapped anew for each batch: pages that were read once do not stay with this process.
+        flat = np.memmap(self.path, self.dtype, "r") if lengths.any() else np.zeros(0, np.int64)
         ids = np.full((len(rows), longest), fill, dtype=np.int64)
         for line, row in enumerate(rows):
-            ids[line, : lengths[line]] = self.flat[self.offsets[row] : self.offsets[row + 1]]
+            ids[line, : lengths[line]] = flat[self.offsets[row] : self.offsets[row + 1]]
         return ids, np.arange(longest)[None, :] < lengths[:, None]
 
     def inputs(self, rows: np.ndarray) -> Inputs:
