@@ -383,6 +383,8 @@ def terminal_safe(text: str) -> str:
 def main() -> None:
     """Entry point: bad input is one clear message and status 2, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Batches come in ever new shapes, and a process would keep what was compiled for a thousand of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:
         app()
     except InputError as error:

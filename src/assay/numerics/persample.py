@@ -141,6 +141,7 @@ def gradients(
         losses = loss(held, inputs)
         if tape.leaves:
             torch.autograd.grad(losses.sum(), tape.leaves, allow_unused=True)
+    tape.leaves.clear()  # their hooks know the tape: a circle that would keep every batch until Python looks for such
     slow = slow | tape.lost
     found = {n: g for n, g in tape.found.items() if n not in slow}
     found |= _fallen(loss, held, inputs, slow, reader)
