@@ -187,9 +187,7 @@ def test_parts_are_the_whole(made: Path, parts: list[Path], tmp_path: Path) -> N
              if name != "ids.npy"]  # fmt: skip
     assert files == [data for name, data in small_store.shards(small_store.features(made)).items() if name != "ids.npy"]
     for t in tables:
-        assert {k: t.meta[k] for k in ("gradient_share", "fallback", "checkpoints")} == {
-            k: one.meta[k] for k in ("gradient_share", "fallback", "checkpoints")
-        }
+        assert {k: t.meta[k] for k in ("notes", "checkpoints")} == {k: one.meta[k] for k in ("notes", "checkpoints")}
 
 
 def test_batches_change_nothing_but_rounding(world: Path, tmp_path: Path) -> None:
@@ -216,8 +214,8 @@ def test_models_of_transformers(world: Path, tmp_path: Path) -> None:
     store.featurize(order, tmp_path / "s", workers=1)
     found = store.score([tmp_path / "s"], str(world / "target.jsonl"), workers=1)
     assert found["rows"] == ROWS and found["methods"]["gradcos"]["highest"] < 1
-    meta = Table.open(small_store.features(tmp_path / "s")).meta
-    assert meta["gradient_error"] < 1e-4 and meta["gradient_share"] == 1.0
+    note = Table.open(small_store.features(tmp_path / "s")).meta["notes"]["gradients against plain backward passes"]
+    assert note["error"] < 1e-4 and note["share"] == 1.0
 
 
 # Score.

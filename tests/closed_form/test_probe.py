@@ -30,6 +30,7 @@ from assay.train.models import Classifier
 from assay.train.recipe import Recipe
 from helpers import language, prepared, text_pool, vector_pool, wide
 
+EXACT = {"name": "gradients", "projection": "exact", "store": "float32"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 N, DECAY = 30, 0.05
@@ -184,9 +185,7 @@ def test_directional_is_the_dot_with_the_targets_gradient(linear: World, tmp_pat
 
 def test_directional_averages_models_and_has_graddots_numbers(linear: World, tmp_path: Path) -> None:
     models = [linear.split(drawn(s)) for s in range(2)]
-    dots = linear.scores(
-        tmp_path / "g", {"name": "graddot", "features": {"name": "gradients", "projection": "exact"}}, models
-    )
+    dots = linear.scores(tmp_path / "g", {"name": "graddot", "features": EXACT}, models)
     near(linear.scores(tmp_path / "d", {"name": "directional", "step": 1e-5}, models), dots, 1e-6)
 
 
@@ -361,9 +360,7 @@ def test_response_of_one_step_is_graddot(linear: World, tmp_path: Path) -> None:
     """Away from the optimum too; whatever the training loss is, both sides take the same step on it."""
     models = [linear.split(drawn(s)) for s in range(2)]
     stay = full(steps=1, lr=1e-4, eps=1e-3)
-    dots = linear.scores(
-        tmp_path / "g", {"name": "graddot", "features": {"name": "gradients", "projection": "exact"}}, models
-    )
+    dots = linear.scores(tmp_path / "g", {"name": "graddot", "features": EXACT}, models)
     near(linear.scores(tmp_path / "r", stay, models) / 1e-4, dots, 1e-4)
 
 
