@@ -18,7 +18,6 @@ from assay.core.errors import InputError
 from assay.core.pool import Pool
 from assay.core.selection import Selection
 from assay.numerics.persample import covered, gradients
-from assay.numerics.project import Factored
 from assay.numerics.readout import Readout
 from assay.train import loop
 from assay.train.models import train_tokenizer
@@ -307,8 +306,9 @@ def test_gradients_by_hooks_are_those_of_each_example(family: str, tmp_path: Pat
     """Nothing in the model adds examples up before their gradients are told apart."""
     task = sequences(tmp_path / "m", CLASSIFIERS[family]())
     encoded, params, rows = prepared(task, labelled(5), tmp_path / "e"), double(task.params()), np.arange(5)
-    found, _ = gradients(task.module, lambda: task.loss(params, encoded.inputs(rows)), Factored(0, 0))
-    assert set(found) == covered(task.module) and len(found) >= 8
+    ruled = covered(task.module)
+    found, _ = gradients(task.module, task.loss, params, encoded.inputs(rows), only=ruled)
+    assert set(found) == ruled and len(found) >= 8
     for name, grad in looped(task, params, encoded, rows).items():
         if name in found:
             assert torch.allclose(found[name], grad, rtol=0, atol=1e-10), name
