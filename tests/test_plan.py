@@ -78,7 +78,7 @@ def test_more_work_takes_more(folder):
     )
     small, large = draft(10_000, by_share, folder), draft(20_000, by_share, folder)
     assert 1.7 < large.seconds / small.seconds < 2.1
-    assert large.disk > small.disk and large.memory > small.memory
+    assert large.disk > small.disk and large.memory == small.memory, "features stream: memory is that of a shard"
     longer = draft(10_000, study.load(folder / "study.toml", open_steps), folder)
     assert longer.seconds > draft(10_000, chosen, folder).seconds
     seeds = by_share.model_copy(update={"verify": by_share.verify.model_copy(update={"seeds": 4})})
