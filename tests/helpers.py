@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,18 @@ def note_pid(state: str, item: int) -> int:
     Path(state, str(os.getpid())).touch()
     time.sleep(0.0 if item == 0 else 600)
     return item
+
+
+def loaded(module: str, _item: int) -> bool:
+    return module in sys.modules
+
+
+def faults(times: int, _item: int) -> int:
+    """Pages that the system handed out while a tensor of 24 MB was made so many times."""
+    import resource
+
+    torch.ones(6_000_000).add(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(6_000_000).add(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -121,5 +121,32 @@ def test_workers_die_with_their_parent(tmp_path, number):
     assert gone, f"workers go on after the main process got {number.name}"
 
 
+WARM = """
+import sys, time
+from assay.engine import local
+import helpers
+if __name__ == "__main__":
+    local.warm("no_such_module", "sqlite3.dump")
+    print(list(local.map(helpers.loaded, "sqlite3.dump", [0, 1], workers=2)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks workers from a server")
+def test_workers_begin_with_what_was_asked_for(tmp_path):
+    (tmp_path / "main.py").write_text(WARM)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "main.py"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout == "[True, True]\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a matter of glibc")
+def test_workers_keep_their_memory():
+    """Two tensors of 24 MB twenty times over: their pages are handed out a few times, not forty."""
+    found = list(local.map(helpers.faults, 20, [0, 1], workers=2))
+    assert max(found) < 10 * 24e6 / 4096
+
+
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -24,7 +24,8 @@ from assay.core.pool import Pool
 from assay.core.progress import Progress
 from assay.core.run import Run
 from assay.core.table import Table, TableWriter, join, unit_rows
-from assay.measure import Measurer
+from assay.measure import Measurer, even
+from assay.train import loop
 from assay.train.loop import fingerprint
 from assay.train.models import Classifier, init_params
 from helpers import prepared, text_pool, vector_pool
@@ -188,6 +189,20 @@ def test_parts_are_the_whole(made: Path, parts: list[Path], tmp_path: Path) -> N
     assert files == [data for name, data in small_store.shards(small_store.features(made)).items() if name != "ids.npy"]
     for t in tables:
         assert {k: t.meta[k] for k in ("notes", "checkpoints")} == {k: one.meta[k] for k in ("notes", "checkpoints")}
+
+
+def test_small_pools_have_small_shards() -> None:
+    assert [store.shard_of(rows) for rows in (1, 2_000, 20_000, 40_000, 10**9)] == [128, 128, 256, 512, 1024]
+
+
+@pytest.mark.parametrize("area", [100, 1000, 4096, 10**6])
+def test_batches_of_a_shard_are_of_one_size(area: int) -> None:
+    lengths = np.random.default_rng(0).integers(5, 100, 300)
+    cut, plain = even(lengths, area), loop.blocks(lengths, area)
+    spans = [len(b) * lengths[b].max() for b in cut]
+    assert sorted(np.concatenate(cut)) == list(range(300)) and max(spans) <= area and len(cut) == len(plain)
+    # The first of equal batches is full but for what one more row would have added.
+    assert min(spans) > 0.5 * max(spans) or len(cut) == 1 or area == 100
 
 
 def test_batches_change_nothing_but_rounding(world: Path, tmp_path: Path) -> None:

@@ -123,11 +123,19 @@ class Work:
         if self.task is None or self.path is None or not uses_model(self.method):
             yield rows
             return
-        from assay.train.loop import blocks
-
-        for block in blocks(self.encoded.lengths[start:stop], self.area):
+        for block in even(self.encoded.lengths[start:stop], self.area):
             for at in range(0, len(block), self.batch):
                 yield rows[block[at : at + self.batch]]
+
+
+def even(lengths: np.ndarray, area: int) -> list[np.ndarray]:
+    """Positions cut as `loop.blocks` cuts them, but into batches of about one size: a small one wastes its start."""
+    from assay.train.loop import blocks
+
+    cut = blocks(lengths, area)
+    padded = sum(len(block) * int(lengths[block].max()) for block in cut)
+    tight = blocks(lengths, min(area, padded // len(cut) + int(lengths.max())))
+    return tight if len(tight) == len(cut) else cut
 
 
 def compute(work: Work, index: int) -> np.ndarray:

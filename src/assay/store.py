@@ -28,7 +28,7 @@ from assay.core.table import Table, join
 from assay.data.ingest import read_step
 from assay.data.readers import Source
 from assay.engine import local
-from assay.measure import AREA, Measurer
+from assay.measure import Measurer
 from assay.study import override
 
 if TYPE_CHECKING:
@@ -36,8 +36,11 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DEFAULT_METHODS = ("graddot", "gradcos", "trak")
-# Options of the store itself; all others are the featurizer's.
-SIZES = {"shard": 1024, "batch": 64, "area": AREA}
+# Options of the store itself; all others are the featurizer's. Shards by default: see `shard_of`.
+SIZES: dict[str, int | None] = {"shard": None, "batch": 64, "area": 4096}
+LEAST, MOST, SHARDS = 128, 1024, 64
+# What workers import for any model of transformers: seconds, and as long as the main process takes to begin.
+MODELLING = ("assay.train.hf", "transformers.modeling_utils", "transformers.modeling_layers")
 SHOWN = 10
 
 
@@ -52,9 +55,9 @@ class Order:
     id: str | None = None
     context: int | None = None
     part: tuple[int, int] = (1, 1)
-    shard: int = SIZES["shard"]
-    batch: int = SIZES["batch"]
-    area: int = SIZES["area"]
+    shard: int | None = None
+    batch: int = 64
+    area: int = 4096
 
     def spec(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -69,7 +72,7 @@ def order(
     options = override({}, sets)
     sizes = {name: options.pop(name, default) for name, default in SIZES.items()}
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InputError(f"{name} cannot be {value!r}", where=f"--set {name}", fix="give a whole number above zero")
     made = make(Featurizer, {"name": method, **options})
     if getattr(made, "model", 0) != 0:
@@ -81,6 +84,17 @@ def order(
         pool=pool, model=model, method=made, text=text or "text", id=id, context=context,
         part=(int(number), int(count)), **sizes,
     )  # fmt: skip
+
+
+def shard_of(rows: int) -> int:
+    """Rows of a shard for a pool: a power of two, from 128 to 1024, that makes 64 shards if the pool has the rows.
+
+    Small enough that workers end together, and the same on every machine: bytes depend on it.
+    """
+    size = MOST
+    while size > LEAST and rows < size * SHARDS:
+        size //= 2
+    return size
 
 
 # Models.
@@ -168,13 +182,16 @@ def featurize(
 
 def _featurized(order: Order, run: Run, workers: int, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
     """`store.json`, and the figures of this call."""
+    if workers > 1:
+        local.warm(*MODELLING if _proxy(Path(order.model)) is None else ())
     pool, told = _read(run, Source(paths=order.pool, text=order.text, id=order.id), "pool", progress)
-    part = _part(pool, order)
+    shard = order.shard or shard_of(len(pool))
+    part = _part(pool, order.part, shard)
     model = open_model(order.model, order.context)
     encoding = _encoded(run, model.task, part, progress)
     measurer = Measurer(
         run, pool, pool, task=model.task, models=[model.params], encodings={part.fingerprint: encoding},
-        key=model.checkpoint, workers=workers, batch=order.batch, shard=order.shard, area=order.area, progress=progress,
+        key=model.checkpoint, workers=workers, batch=order.batch, shard=shard, area=order.area, progress=progress,
     )  # fmt: skip
     start = time.perf_counter()
     step = measurer.path(order.method, part)
@@ -183,7 +200,7 @@ def _featurized(order: Order, run: Run, workers: int, progress: Progress) -> tup
         "format": FORMAT, "features": step.name, "method": order.method.spec(), "model": _absolute(order.model),
         "context": order.context, "checkpoint": model.checkpoint, "task": digest(model.task.describe()),
         "pool": pool.fingerprint, "part": list(order.part), "rows": len(part), "columns": len(table.columns),
-        "text": order.text, "shard": order.shard, "batch": order.batch, "area": order.area,
+        "text": order.text, "shard": shard, "batch": order.batch, "area": order.area,
     }  # fmt: skip
     share, tokens = measurer.computed / len(part), int(model.task.encoded(encoding).sizes.sum())
     facts = {
@@ -215,17 +232,17 @@ def _encoded(run: Run, task: Task, pool: Pool, progress: Progress) -> Path:
     return step
 
 
-def _part(pool: Pool, order: Order) -> Pool:
+def _part(pool: Pool, part: tuple[int, int], shard: int) -> Pool:
     """Whole shards, one after the other, as evenly as they go."""
-    (number, count), shards = order.part, -(-len(pool) // order.shard)
+    (number, count), shards = part, -(-len(pool) // shard)
     if count > shards:
         raise InputError(
             f"the pool does not go into {count} parts", where="--part",
-            why=f"it has {len(pool)} rows, {shards} {'shard' if shards == 1 else 'shards'} of {order.shard}",
+            why=f"it has {len(pool)} rows, {shards} {'shard' if shards == 1 else 'shards'} of {shard}",
             fix=f"use at most {shards} parts, or smaller shards in all of them: --set shard=N",
         )  # fmt: skip
     first, last = (shards * (number - 1) // count, shards * number // count)
-    return pool if count == 1 else pool.at(slice(first * order.shard, last * order.shard))
+    return pool if count == 1 else pool.at(slice(first * shard, last * shard))
 
 
 def _absolute(path: str) -> str:

@@ -54,6 +54,15 @@ def _transformed(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
 
 
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, held: Tensor) -> Tensor:
+    """hidden W^T + b `[n, v]`, in `held`."""
+    out = held[: len(rows)]
+    if rows.dtype != held.dtype or torch.is_autocast_enabled(rows.device.type):
+        return out.copy_(F.linear(rows, weight, bias))
+    with torch.no_grad():
+        return torch.mm(rows, weight.T, out=out) if bias is None else torch.addmm(bias, rows, weight.T, out=out)
+
+
 class _Fused(torch.autograd.Function):
     """Cross-entropy of each row, `[n]`; its gradient to the hidden row is computed on the way and scaled later."""
 
@@ -66,14 +75,17 @@ class _Fused(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         kept = []
+        # One chunk's logits are the largest tensor by far: fresh memory for each costs more than the arithmetic on it.
+        held = torch.empty(min(CHUNK, len(hidden)), len(weight), dtype=exact, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            z = F.linear(hidden[rows], weight, bias).to(exact)
-            own, total = z.gather(1, targets[rows, None]), z.logsumexp(dim=1, keepdim=True)
-            losses[rows] = (total - own)[:, 0]
+            z = _logits(hidden[rows], weight, bias, held)
+            own, top = z.gather(1, targets[rows, None]), z.amax(dim=1, keepdim=True)
+            total = z.sub_(top).exp_().sum(dim=1, keepdim=True)
+            losses[rows] = (total.log() + top - own)[:, 0]
             if not backward:
                 continue
-            z = z.sub_(total).exp_().scatter_add_(1, targets[rows, None], z.new_full((len(z), 1), -1.0))
+            z.mul_(total.reciprocal()).scatter_add_(1, targets[rows, None], z.new_full((len(z), 1), -1.0))
             if slopes is not None:
                 slopes[rows] = z.to(weight.dtype) @ weight
             if keep is not None:
