@@ -25,6 +25,8 @@ Positive = Annotated[float, pydantic.Field(gt=0)]
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 Cost = Literal["none", "text", "forward", "gradient", "retrain"]
+Targets = Literal["mean", "each"]
+"""Scores for the mean over the target's examples, or a column for each of them, named after its id."""
 M = TypeVar("M", bound="Method")
 
 
@@ -161,6 +163,11 @@ class Featurizer(Method, abstract=True):
     package: ClassVar[str] = "assay.features"
     cost: ClassVar[Cost] = "forward"
 
+    @property
+    def sense(self) -> float:
+        """1, or -1 for gradients of a number that is better when it is higher: products of two features take both."""
+        return 1.0
+
     def columns(self, state: Any) -> tuple[str, ...]:
         """Names of the d columns."""
         raise AssertionError
@@ -217,6 +224,11 @@ class Selector(Method, abstract=True):
     ) -> Selection:
         """Choose ids. `sizes` [n] are tokens (or ones); `barred` maps a reason to ids that may not be chosen."""
         raise AssertionError
+
+
+def target_columns(context: Context, targets: Targets) -> tuple[str, ...]:
+    """Names of the columns of a score that is taken for the mean of the target, or for each of its examples."""
+    return ("score",) if targets == "mean" else tuple(i.decode() for i in context.target.ids.tolist())
 
 
 KINDS: dict[str, type[Method]] = {"featurizer": Featurizer, "scorer": Scorer, "selector": Selector}

@@ -65,6 +65,10 @@ class Gradients(Featurizer):
 
     cost: ClassVar[Cost] = "gradient"
 
+    @property
+    def sense(self) -> float:
+        return -1.0 if self.measure == "margin" else 1.0
+
     def init(self, context: Context) -> _State:
         task, params = context.task, context.models[self.model]
         metric: dict[str, Any] = {}
