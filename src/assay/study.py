@@ -7,115 +7,19 @@ import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pydantic
 
 from assay.core.errors import InputError, nearest
-from assay.core.method import Count, NonNegative, Positive, Scorer, Selector, make
+from assay.core.method import Count, NonNegative, Scorer, Selector, make
 from assay.core.selection import Budget
-from assay.train.recipe import Recipe
+from assay.specs import ArmSpec, FileName, PoolSpec, ProxySpec, Spec, TargetSpec, TaskSpec, TrainSpec, VerifySpec
 
 DEFAULT_METHODS = ("random", "length", "loss", "exact_dup", "bm25", "loss_diff", "graddot", "trak")
 
 
-# Names that become files: no path may hide in them.
-FileName = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,99}$")]
-
-
-class _Spec(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-
-class PoolSpec(_Spec):
-    """Where the pool is, and which of the user's columns mean what."""
-
-    path: str | tuple[str, ...] | None = None
-    builtin: Literal["python", "digits"] | None = None
-    text: str = "text"
-    image: str | None = None
-    id: str | None = None
-    domain: str | None = None
-    keep: tuple[str, ...] = ()
-    sample: Count | None = None
-    """Use a keyed random sample of this many rows."""
-    size: Count = 12_000
-    """Rows of the built-in pool."""
-    flip: float = pydantic.Field(default=0.1, ge=0, lt=1)
-    """Share of wrong labels planted in the built-in digits."""
-    max_chars: Count = 1_000_000
-    max_bad: float = pydantic.Field(default=0.05, ge=0, le=1)
-    truth: str | None = None
-    """Parquet of known defects by id, for the report only: no method sees it."""
-    truth_kind: str = "kind"
-
-
-class TargetSpec(_Spec):
-    """What the user cares about: a file of its own, or a domain of the pool that is held out."""
-
-    name: str = "target"
-    path: str | tuple[str, ...] | None = None
-    builtin: Literal["docs", "code", "docstring", "comment"] | None = None
-    domain: str | None = None
-    count: Count = 400
-    """How many examples of `domain` are held out."""
-    text: str = "text"
-    id: str | None = None
-    group: str | None = None
-    max_chars: Count = 1_000_000
-    max_bad: float = pydantic.Field(default=0.05, ge=0, le=1)
-
-
-class TaskSpec(_Spec):
-    """The model. `text`: the built-in decoder with its own tokenizer. `classifier`: vectors and labels."""
-
-    kind: Literal["text", "classifier"] = "text"
-    vocab: int = pydantic.Field(default=1024, ge=260)
-    width: Count = 64
-    layers: Count = 3
-    heads: Count = 4
-    context: int = pydantic.Field(default=160, ge=8)
-    hidden: tuple[int, ...] = ()
-    inputs: Count = 64
-    classes: Count = 10
-
-
-class ProxySpec(_Spec):
-    """The scoring models: trained on the whole pool, `passes` times through it."""
-
-    models: Count = 1
-    passes: Positive = 1.0
-    steps: Count | None = None
-    recipe: Recipe = Recipe()
-
-
-class TrainSpec(_Spec):
-    """How each arm is trained: the same number of steps for all, `repeats` times through a selection."""
-
-    repeats: Positive = 2.0
-    steps: Count | None = None
-    recipe: Recipe = Recipe()
-
-
-class VerifySpec(_Spec):
-    """How arms are compared: `seeds` paired trainings of each, `random` independent random selections."""
-
-    seeds: int = pydantic.Field(default=4, ge=2, le=1000)
-    random: int = pydantic.Field(default=3, ge=1)
-    everything: bool = False
-    """Add an arm trained on the whole pool."""
-    level: float = pydantic.Field(default=0.95, gt=0, lt=1)
-
-
-class ArmSpec(_Spec):
-    """One contestant: a scorer, and how its scores become a set."""
-
-    name: FileName
-    method: Any
-    select: Any = "cut"
-
-
-class Study(_Spec):
+class Study(Spec):
     """The whole job. `resolve` fills in what was left open, so that the stored study says everything."""
 
     name: FileName = "study"

@@ -1,0 +1,94 @@
+"""The stage that trains the scoring models, and the `Measurer` that uses them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from assay.core.keys import digest
+from assay.core.run import Meter
+from assay.core.selection import Selection
+from assay.engine import local
+from assay.measure import Measurer, uses_model
+
+if TYPE_CHECKING:
+    from assay.core.task import Task
+    from assay.job import Job
+
+
+def train_proxies(job: Job) -> None:
+    """The scoring models: the task's model trained on the pool but for contaminated rows, from independent seeds."""
+    from assay.train.loop import load
+
+    spec, task = job.study.proxy, job.task
+    assert task is not None
+    wanted = any(uses_model(m) for m in job.methods.values())
+    models, optimisers = [], []
+    if wanted:
+        # Rows that contain target items are kept from the scoring models too.
+        rows = np.flatnonzero(~np.isin(job.pool.ids, job.hits.ids))
+        total = int(job.sizes[rows].sum())
+        steps = spec.steps or max(1, math.ceil(spec.passes * total / spec.recipe.terms_per_step))
+        recipe = spec.recipe.model_copy(update={"steps": steps})
+        job.proxies = _proxies(job, task, recipe, rows)
+        trained = [load(path / "checkpoint.safetensors") for path in job.proxies]
+        models, about = [t.params for t in trained], {"betas": recipe.betas, "eps": recipe.eps}
+        optimisers = [{**t.state, "steps": len(t.losses), **about} for t in trained]
+    study = job.study
+    job.measurer = Measurer(
+        job.run, job.pool, job.target.selecting, seed=study.seed, task=task, models=models, encodings=job.encodings,
+        key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch, shard=study.shard,
+        area=study.area, progress=job.progress, source=job.source, optimisers=optimisers, barred=job.hits.ids,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Proxy:
+    task: Any
+    pool: Path
+    rows: np.ndarray
+    selection: Selection
+
+
+def _train_proxy(shared: _Proxy, item: tuple[Any, Path]) -> dict[str, float]:
+    from assay.train.loop import train
+
+    recipe, folder = item
+    with Meter() as meter:
+        encoded = shared.task.encoded(shared.pool)
+        train(shared.task, encoded, shared.rows, shared.selection, recipe, folder)
+    return {"wall": meter.wall, "cpu": meter.cpu, "peak_rss": meter.peak}
+
+
+def _proxies(job: Job, task: Task, recipe: Any, rows: np.ndarray) -> list[Path]:
+    from assay.train.models import write_task
+
+    encoded, everything = job.encodings[job.pool.fingerprint], Selection.everything(job.pool.ids[rows])
+    done, missing = [], []
+    for k in range(job.study.proxy.models):
+        own = recipe.with_seed(100_000 + 1000 * job.study.seed + k)
+        key = {
+            "task": task.describe(), "pool": job.pool.fingerprint, "recipe": own.spec(),
+            "selection": everything.fingerprint,
+        }  # fmt: skip
+        final, part, full = job.run.place("proxy", key)
+        done.append(final)
+        if not (final / "step.json").exists():
+            part.mkdir(parents=True, exist_ok=True)
+            missing.append((own, part, final, {"name": "proxy", "key": key, "hash": full}))
+    job.progress.begin("proxy", len(done), "train scoring model")
+    job.progress.advance(len(done) - len(missing))
+    items = [(own, part) for own, part, _, _ in missing]
+    costs = local.map(_train_proxy, _Proxy(task, encoded, rows, everything), items, workers=job.workers)
+    for (own, part, final, about), cost in zip(missing, costs, strict=True):
+        write_task(part / "task.json", task)
+        flops = task.training_flops(job.sizes[rows], own.steps * own.terms_per_step)
+        job.run.commit(final, part, about, {"stage": "train scoring model", "flops": flops, **cost})
+        job.progress.advance()
+    job.progress.end()
+    job.run.absorb("train scoring model", [p.name for p in done], job.workers)
+    return done
