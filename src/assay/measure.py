@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 
 from assay.core.errors import InputError
 from assay.core.keys import canonical, hash_ids, write_json
-from assay.core.method import Featurizer, Method
+from assay.core.method import Featurizer, Mark, Method, mark_of
 from assay.core.pool import Pool
 from assay.core.progress import Progress
 from assay.core.run import Ledger, Run
@@ -39,11 +40,11 @@ def uses_model(method: Method) -> bool:
     return getattr(method, "cost", "none") not in ("none", "text") or any(uses_model(c) for c in method.children())
 
 
-def _family(method: Method) -> Iterator[Method]:
+def family(method: Method) -> Iterator[Method]:
     """A method and all that it holds, at any depth."""
     yield method
     for child in method.children():
-        yield from _family(child)
+        yield from family(child)
 
 
 class Rows:
@@ -176,7 +177,7 @@ class Measurer:
         models: list[dict[str, Any]] | None = None, encodings: dict[str, Path] | None = None, key: str = "",
         workers: int = 1, batch: int = 64, shard: int = 1024, area: int = AREA, progress: Progress | None = None,
         source: list[str] | None = None, optimisers: list[dict[str, Any]] | None = None,
-        barred: np.ndarray | None = None,
+        barred: np.ndarray | None = None, trajectories: list[list[Mark]] | None = None,
     ) -> None:  # fmt: skip
         for what, part in (("pool", pool), ("target", target)):
             if not len(part):
@@ -186,11 +187,15 @@ class Measurer:
         self.workers, self.batch, self.shard, self.area = workers, batch, shard, area
         self.progress, self.source = progress or Progress(), source or []
         self.optimisers = optimisers or [{} for _ in self.models]
+        alone = [[Mark(p, o)] for p, o in zip(self.models, self.optimisers, strict=True)]
+        self.trajectories = trajectories or alone
+        assert all(run[-1].params is model for run, model in zip(self.trajectories, self.models, strict=True))
         self.barred = pool.ids[:0] if barred is None else barred
         self.warnings: list[str] = []
         self.computed = 0
         """Rows that this object computed itself; the others were found made."""
         self._prints: dict[int, str] = {}
+        """Hashes of weights by the identity of what holds them; `trajectories` keeps that alive."""
         self._paths: dict[tuple[str, str], Path] = {}
         self._stack: list[_Frame] = []
 
@@ -202,10 +207,26 @@ class Measurer:
     def target_table(self, method: Method) -> Table:
         return self._opened(method, self.target)
 
-    def members(self, method: M) -> list[M]:
-        if "model" not in {f.name for f in dataclasses.fields(method)}:
+    def members(self, method: M, every: bool = False) -> list[M]:
+        fields = {f.name for f in dataclasses.fields(method)}
+        if "model" not in fields:
             return [method]
-        return [dataclasses.replace(method, model=k) for k in range(len(self.models))]
+        own = [dataclasses.replace(method, model=k) for k in range(len(self.models))]
+        if not every or "checkpoint" not in fields:
+            return own
+        # The last is written -1, so that methods that read it alone share its Table.
+        counts = [len(self.trajectories[m.model]) for m in own]  # type: ignore[attr-defined]
+        marks = [(m, c) for m, n in zip(own, counts, strict=True) for c in [*range(n - 1), -1]]
+        return [dataclasses.replace(m, checkpoint=c) for m, c in marks]
+
+    def asking(self, target: Pool, pool: Pool | None = None) -> Measurer:
+        other = copy.copy(self)
+        # Scores of this target are not those of another; the run knows the features that both share.
+        other.target, other.pool, other._paths = target, pool or self.pool, {}
+        if self.task is not None:
+            for part in (other.target, other.pool):
+                self.encoded(part)
+        return other
 
     def encoded(self, pool: Pool) -> Encoded:
         task = self.task
@@ -295,14 +316,20 @@ class Measurer:
         return table
 
     def checkpoints(self, method: Method) -> list[str]:
-        """Hashes of the weights that a method uses: of one model if it names it, else of all."""
+        """Hashes of the weights that a method uses: of one model if it names it, of one mark of it if it names that,
+        else of every mark of all."""
         from assay.train.loop import fingerprint
 
-        used = [method.model] if hasattr(method, "model") else range(len(self.models))  # type: ignore[attr-defined]
-        for k in used:
-            if k not in self._prints:
-                self._prints[k] = fingerprint(self.models[k])
-        return [self._prints[k] for k in used]
+        if hasattr(method, "checkpoint"):
+            used = [mark_of(self, method)]
+        elif hasattr(method, "model"):
+            used = [self.trajectories[method.model][-1]]  # type: ignore[attr-defined]
+        else:
+            used = [mark for run in self.trajectories for mark in run]
+        for mark in used:
+            if id(mark.params) not in self._prints:
+                self._prints[id(mark.params)] = fingerprint(mark.params)
+        return [self._prints[id(mark.params)] for mark in used]
 
     def _mend(self, method: Method, pool: Pool, path: Path) -> None:
         """Compute the shards of a finished Table anew that are missing or damaged, and no others; and of the features
@@ -324,7 +351,7 @@ class Measurer:
         """Name and key of the step that makes a method's Table."""
         kind = "features" if isinstance(method, Featurizer) else "scores"
         return f"{kind}-{method.name.rpartition('.')[2]}", {
-            "method": method.spec(), "code": [m.code() for m in _family(method)], "pool": pool.fingerprint,
+            "method": method.spec(), "code": [m.code() for m in family(method)], "pool": pool.fingerprint,
             # Features do not look at the target: another target finds them made.
             "target": None if isinstance(method, Featurizer) else self.target.fingerprint,
             "reference": self.pool.fingerprint, "seed": self.seed, "source": self.source,

@@ -23,7 +23,7 @@ from assay.core.selection import Budget
 from assay.core.target import Target
 from assay.data import builtin, gate, readers, toys
 from assay.engine import local
-from assay.measure import PASSES, uses_model
+from assay.measure import PASSES, family, uses_model
 from assay.study import Study
 
 SAMPLE = 1500
@@ -266,7 +266,7 @@ def _features(method: Method) -> list[Method]:
 
 def _sketched(methods: list[Scorer]) -> Any:
     """The first featurizer of gradients among the methods, or None."""
-    known = [f for m in methods for f in _features(m) if hasattr(f, "sketch")]
+    known = [f for m in methods for f in family(m) if hasattr(f, "sketch")]
     return known[0] if known else None
 
 
@@ -316,9 +316,16 @@ class _Draft:
         one = steps * spec.recipe.terms_per_step / self.rates["train"]
         seconds = math.ceil(spec.models / self.busy) * one
         # A single model is trained in the main process.
-        self.add(
-            Step("proxy", seconds + (self._start() if spec.models > 1 else 0.0), self.base, 12.0 * self._weights())
-        )
+        seconds += self._start() if spec.models > 1 else 0.0
+        # Weights and two moments of each mark, on disk and, from then on, in the main process.
+        size = 12.0 * self._weights() * spec.models * spec.checkpoints
+        self.base += size
+        self.add(Step("proxy", seconds, self.base, size))
+
+    def _models(self, *methods: Method) -> int:
+        """How many models are read: those that are scored with, or every mark of each."""
+        spec, every = self.study.proxy, any(getattr(inner, "every", False) for m in methods for inner in family(m))
+        return spec.models * (spec.checkpoints if every else 1)
 
     def _weights(self) -> int:
         return sum(p.numel() for p in self.task.module.parameters())
@@ -326,12 +333,19 @@ class _Draft:
     def scores(self) -> None:
         model = any(uses_model(m) for m in self.methods)
         for method in [*self.methods, *([make(Scorer, "loss")] if model else [])]:
-            if f"score: {method.name}" in self.steps:
-                continue
-            features = _features(method)
-            for feature in features:
-                self._featurize(feature)
-            self._of_features(method, features) if features else self._of_examples(method)
+            self._score(method)
+
+    def _score(self, method: Scorer) -> None:
+        """A method, after the features and the scores that it reads."""
+        if f"score: {method.name}" in self.steps:
+            return
+        features = _features(method)
+        for feature in features:
+            self._featurize(feature, self._models(*(m for m in self.methods if feature in family(m))))
+        for inner in method.children():
+            if isinstance(inner, Scorer):
+                self._score(inner)
+        self._of_features(method, features) if features else self._of_examples(method)
 
     def _width(self, feature: Any) -> int:
         from assay.numerics.persample import layout
@@ -340,11 +354,11 @@ class _Draft:
             return getattr(self.task, "width", 64)
         return sum(w for _, w in layout(self.task.module, feature.sketch(), set(feature.names(self.task))))
 
-    def _featurize(self, feature: Method) -> None:
+    def _featurize(self, feature: Method, models: int) -> None:
         stage = f"features: {feature.name}"
         if stage in self.steps:
             return
-        width, models = self._width(feature), self.study.proxy.models
+        width = self._width(feature)
         rate = (
             self.rates["forward"]
             if getattr(feature, "cost", "") == "forward"
@@ -360,7 +374,7 @@ class _Draft:
 
     def _of_features(self, method: Scorer, features: list[Method]) -> None:
         width = max(self._width(f) for f in features)
-        cells = float(self.rows) * width * self.study.proxy.models
+        cells = float(self.rows) * width * self._models(method)
         # Features are read and checked once by the main process and once by the workers, at about 1 GB/s.
         seconds = 8 * cells / 1e9 + self._start()
         if method.name == "trak":
@@ -375,7 +389,9 @@ class _Draft:
         if not uses_model(method):
             self.add(Step(name, self.text if method.cost == "text" else 0.02, self.base, 8.0 * self.rows))
             return
-        seconds = PASSES[method.cost] * method.passes * self.terms * models / self.rates["forward"] / self.busy
+        # One that holds others reads what they found.
+        passes = 0.0 if method.children() else PASSES[method.cost] * method.passes
+        seconds = passes * self.terms * models / self.rates["forward"] / self.busy
         target = len(self.target.selecting) * self.terms / self.rows
         seconds += method.training_terms(self.terms, target) * models / self.rates["train"]
         self.add(Step(name, self._start() + seconds, self.base, 8.0 * self.rows))

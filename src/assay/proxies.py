@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from assay.core.keys import digest
+from assay.core.method import Mark
 from assay.core.run import Meter
 from assay.core.selection import Selection
 from assay.engine import local
@@ -18,16 +19,15 @@ from assay.measure import Measurer, uses_model
 if TYPE_CHECKING:
     from assay.core.task import Task
     from assay.job import Job
+    from assay.train.recipe import Recipe
 
 
 def train_proxies(job: Job) -> None:
     """The scoring models: the task's model trained on the pool but for contaminated rows, from independent seeds."""
-    from assay.train.loop import load
-
     spec, task = job.study.proxy, job.task
     assert task is not None
     wanted = any(uses_model(m) for m in job.methods.values())
-    models, optimisers = [], []
+    trajectories: list[list[Mark]] = []
     if wanted:
         # Rows that contain target items are kept from the scoring models too.
         rows = np.flatnonzero(~np.isin(job.pool.ids, job.hits.ids))
@@ -35,15 +35,29 @@ def train_proxies(job: Job) -> None:
         steps = spec.steps or max(1, math.ceil(spec.passes * total / spec.recipe.terms_per_step))
         recipe = spec.recipe.model_copy(update={"steps": steps})
         job.proxies = _proxies(job, task, recipe, rows)
-        trained = [load(path / "checkpoint.safetensors") for path in job.proxies]
-        models, about = [t.params for t in trained], {"betas": recipe.betas, "eps": recipe.eps}
-        optimisers = [{**t.state, "steps": len(t.losses), **about} for t in trained]
+        trajectories = [trajectory(path, recipe, spec.checkpoints) for path in job.proxies]
     study = job.study
     job.measurer = Measurer(
-        job.run, job.pool, job.target.selecting, seed=study.seed, task=task, models=models, encodings=job.encodings,
-        key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch, shard=study.shard,
-        area=study.area, progress=job.progress, source=job.source, optimisers=optimisers, barred=job.hits.ids,
+        job.run, job.pool, job.target.selecting, seed=study.seed, task=task, encodings=job.encodings,
+        models=[run[-1].params for run in trajectories], optimisers=[run[-1].optimiser for run in trajectories],
+        trajectories=trajectories, key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch,
+        shard=study.shard, area=study.area, progress=job.progress, source=job.source, barred=job.hits.ids,
     )  # fmt: skip
+
+
+def trajectory(path: Path, recipe: Recipe, checkpoints: int) -> list[Mark]:
+    """The marks that a training run left in its folder, in time order."""
+    from assay.train.loop import load, mark_file, mark_steps
+
+    about, marks, before = {"betas": recipe.betas, "eps": recipe.eps}, [], 0
+    for step in mark_steps(recipe.steps, checkpoints):
+        trained = load(path / "checkpoint.safetensors" if step == recipe.steps else mark_file(path, step))
+        rate = sum(recipe.rate(k) for k in range(before, step))
+        marks.append(
+            Mark(trained.params, {**trained.state, "steps": len(trained.losses), **about}, step - before, rate)
+        )
+        before = step
+    return marks
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,7 @@ class _Proxy:
     pool: Path
     rows: np.ndarray
     selection: Selection
+    checkpoints: int
 
 
 def _train_proxy(shared: _Proxy, item: tuple[Any, Path]) -> dict[str, float]:
@@ -60,20 +75,22 @@ def _train_proxy(shared: _Proxy, item: tuple[Any, Path]) -> dict[str, float]:
     recipe, folder = item
     with Meter() as meter:
         encoded = shared.task.encoded(shared.pool)
-        train(shared.task, encoded, shared.rows, shared.selection, recipe, folder)
+        train(shared.task, encoded, shared.rows, shared.selection, recipe, folder, marks=shared.checkpoints)
     return {"wall": meter.wall, "cpu": meter.cpu, "peak_rss": meter.peak}
 
 
-def _proxies(job: Job, task: Task, recipe: Any, rows: np.ndarray) -> list[Path]:
+def _proxies(job: Job, task: Task, recipe: Recipe, rows: np.ndarray) -> list[Path]:
     from assay.train.models import write_task
 
-    encoded, everything = job.encodings[job.pool.fingerprint], Selection.everything(job.pool.ids[rows])
+    spec, encoded = job.study.proxy, job.encodings[job.pool.fingerprint]
+    chosen = Selection(job.pool.ids[rows], np.full(len(rows), spec.weight))
+    marks = {"checkpoints": spec.checkpoints} if spec.checkpoints > 1 else {}
     done, missing = [], []
-    for k in range(job.study.proxy.models):
+    for k in range(spec.models):
         own = recipe.with_seed(100_000 + 1000 * job.study.seed + k)
         key = {
             "task": task.describe(), "pool": job.pool.fingerprint, "recipe": own.spec(),
-            "selection": everything.fingerprint,
+            "selection": chosen.fingerprint, **marks,
         }  # fmt: skip
         final, part, full = job.run.place("proxy", key)
         done.append(final)
@@ -83,7 +100,7 @@ def _proxies(job: Job, task: Task, recipe: Any, rows: np.ndarray) -> list[Path]:
     job.progress.begin("proxy", len(done), "train scoring model")
     job.progress.advance(len(done) - len(missing))
     items = [(own, part) for own, part, _, _ in missing]
-    costs = local.map(_train_proxy, _Proxy(task, encoded, rows, everything), items, workers=job.workers)
+    costs = local.map(_train_proxy, _Proxy(task, encoded, rows, chosen, spec.checkpoints), items, workers=job.workers)
     for (own, part, final, about), cost in zip(missing, costs, strict=True):
         write_task(part / "task.json", task)
         flops = task.training_flops(job.sizes[rows], own.steps * own.terms_per_step)

@@ -76,6 +76,10 @@ class ProxySpec(Spec):
     models: Count = 1
     passes: Positive = 1.0
     steps: Count | None = None
+    checkpoints: Count = 1
+    """Models that each training run leaves, at equal distances in steps, the last at its end."""
+    weight: Positive = 1.0
+    """Data weight of every example: 0.5 is the centre of what training on random halves does, in the same steps."""
     recipe: Recipe = Recipe()
 
 

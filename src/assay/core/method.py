@@ -9,6 +9,7 @@ import pkgutil
 import re
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform
 
@@ -49,6 +50,19 @@ class Batch(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A model that a training run left on its way, or at its end."""
+
+    params: dict[str, Any]
+    optimiser: dict[str, Any]
+    """As in `Context.optimisers`."""
+    steps: int = 1
+    """Training steps since the mark before."""
+    rate: float = 1.0
+    """Sum of the learning rates of those steps."""
+
+
 class Context(Protocol):
     """What a method may ask for in `init`: everything, once."""
 
@@ -59,6 +73,9 @@ class Context(Protocol):
     optimisers: list[dict[str, Any]]
     """The state of each scoring model's optimiser: slots (`mean`, `square`, `momentum`) -> name -> tensor, and the
     numbers `steps`, `betas`, `eps`; empty where it is not known."""
+    trajectories: list[list[Mark]]
+    """For each scoring model the marks of its training run in time order; the last one is the model itself. A model of
+    unknown history has one mark of one step at rate 1."""
     barred: np.ndarray
     """Ids of the pool that contain target items: no model that scores may train on them."""
     seed: int
@@ -71,8 +88,13 @@ class Context(Protocol):
         """The Table of a nested method over the half of the target that selects."""
         ...
 
-    def members(self, method: M) -> list[M]:
-        """One copy of a nested method for each scoring model (its `model` field set)."""
+    def members(self, method: M, every: bool = False) -> list[M]:
+        """One copy of a nested method for each scoring model (its `model` field set); or for every mark of each, in
+        time order, model after model (its `checkpoint` field set as well)."""
+        ...
+
+    def asking(self, target: Pool, pool: Pool | None = None) -> Context:
+        """The same models for another target, and for another pool: what a method needs to try out another."""
         ...
 
     def encoded(self, pool: Pool) -> Any:
@@ -229,6 +251,24 @@ class Selector(Method, abstract=True):
 def target_columns(context: Context, targets: Targets) -> tuple[str, ...]:
     """Names of the columns of a score that is taken for the mean of the target, or for each of its examples."""
     return ("score",) if targets == "mean" else tuple(i.decode() for i in context.target.ids.tolist())
+
+
+def mark_of(context: Context, method: Any) -> Mark:
+    """The mark that a method's fields `model` and `checkpoint` name. Raises `InputError` when there is none."""
+    if not 0 <= method.model < len(context.trajectories):
+        raise InputError(
+            f"{method.name}: there is no scoring model {method.model}",
+            why=f"there are {len(context.trajectories)}",
+            fix="raise proxy.models, or name one from 0",
+        )
+    marks = context.trajectories[method.model]
+    if not -len(marks) <= method.checkpoint < len(marks):
+        raise InputError(
+            f"{method.name}: there is no checkpoint {method.checkpoint}",
+            why=f"the scoring model's training run left {len(marks)}",
+            fix="raise proxy.checkpoints, or name one from 0; -1 is the last",
+        )
+    return marks[method.checkpoint]
 
 
 KINDS: dict[str, type[Method]] = {"featurizer": Featurizer, "scorer": Scorer, "selector": Selector}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from assay.core.method import Batch, Context, Cost, Count, Featurizer
+from assay.core.errors import InputError
+from assay.core.method import Batch, Context, Cost, Count, Featurizer, Positive, mark_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +48,10 @@ class Gradients(Featurizer):
         costs half as much again and, for as many numbers, ranks about twice as close to exact gradients; size is for
         'sparse', 'masked' and 'dense', rank for 'factored'; measure = 'margin' is for classifiers, f = log p - log(1
         - p); layers = 'linear' leaves out embeddings, norms and convolutions; metric multiplies gradients by
-        v_hat^(-1/4) of the scoring model's optimiser, so that products are those of Adam's metric ('adam' forms each
-        gradient whole, 'adafactor' takes the best rank-one v_hat and costs nothing; momentum only scales, so 'sgd' is
-        its metric too); 'bfloat16' runs the model in it and sums in float32
+        v_hat^-exponent of the scoring model's optimiser: at 1/4 products are those of Adam's metric, at 1/2 gradients
+        are in units of their own size ('adam' forms each gradient whole, 'adafactor' takes the best rank-one v_hat and
+        costs nothing; momentum only scales, so 'sgd' is its metric too); 'bfloat16' runs the model in it and sums in
+        float32; checkpoint: which mark of the scoring model's training run is read, from 0, -1 for the last
     """
 
     projection: Literal["sparse", "factored", "masked", "dense", "exact"] = "factored"
@@ -57,9 +59,11 @@ class Gradients(Featurizer):
     rank: Count = 16
     seed: int = 0
     model: int = 0
+    checkpoint: int = -1
     measure: Literal["loss", "margin"] = "loss"
     layers: Literal["all", "linear"] = "all"
     metric: Literal["sgd", "adam", "adafactor"] = "sgd"
+    exponent: Positive = 0.25
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
 
@@ -70,12 +74,17 @@ class Gradients(Featurizer):
         return -1.0 if self.measure == "margin" else 1.0
 
     def init(self, context: Context) -> _State:
-        task, params = context.task, context.models[self.model]
+        mark = mark_of(context, self)
+        task, params = context.task, mark.params
         metric: dict[str, Any] = {}
         if self.metric != "sgd":
             from assay.train.metric import feature_metric
 
-            metric = feature_metric(context.optimisers[self.model], self.metric)
+            metric = feature_metric(mark.optimiser, self.metric, self.exponent)
+        elif self.exponent != Gradients.exponent:
+            raise InputError(
+                f"gradients: exponent = {self.exponent} has no effect", why="metric is 'sgd'", fix="metric = 'adam'"
+            )
         if self.device == "cuda":
             self._cuda()
         state = _State(task, params, self.sketch(), self.names(task), frozenset(), metric).on(self.device)
@@ -83,8 +92,6 @@ class Gradients(Featurizer):
 
     def _cuda(self) -> None:
         import torch
-
-        from assay.core.errors import InputError
 
         if not torch.cuda.is_available():
             raise InputError(
@@ -94,7 +101,6 @@ class Gradients(Featurizer):
 
     def sketch(self) -> Sketch:
         """The projection that the options name."""
-        from assay.core.errors import InputError
         from assay.numerics.project import sketch
 
         size = {"factored": "rank", "exact": ""}.get(self.projection, "size")

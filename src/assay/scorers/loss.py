@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from assay.core.method import Batch, Context, Cost, Scorer
+from assay.core.method import Batch, Context, Cost, Scorer, mark_of
 
 
 class Loss(Scorer):
@@ -16,12 +16,13 @@ class Loss(Scorer):
     """
 
     model: int = 0
+    checkpoint: int = -1
 
     cost: ClassVar[Cost] = "forward"
     unit: ClassVar[str] = "minus nats per term"
 
     def init(self, context: Context) -> Any:
-        return context.task, context.models[self.model]
+        return context.task, mark_of(context, self).params
 
     def score(self, state: Any, batch: Batch) -> Any:
         import torch

@@ -68,6 +68,24 @@ def blocks(lengths: np.ndarray, area: int = AREA) -> list[np.ndarray]:
     return cut
 
 
+def mark_steps(steps: int, marks: int) -> list[int]:
+    """Numbers of steps after which a model is kept: `marks` of them at equal distances, the last at the end.
+
+    >>> mark_steps(10, 3)
+    [3, 6, 10]
+    """
+    if marks > steps:
+        raise InputError(
+            f"{marks} checkpoints of {steps} steps", why="no two may be the same model", fix="lower proxy.checkpoints"
+        )
+    return [k * steps // marks for k in range(1, marks + 1)]
+
+
+def mark_file(path: Path, step: int) -> Path:
+    """Where the model after so many steps is kept; the last one is `checkpoint.safetensors`."""
+    return path / f"mark-{step}.safetensors"
+
+
 def trainable(task: Task, params: Params) -> list[str]:
     """Names of the parameters that are trained, in the order of `params`: all but those the task's module freezes."""
     frozen = {name for name, p in task.module.named_parameters() if not p.requires_grad}
@@ -104,18 +122,21 @@ def train(
     *,
     start: Params | None = None,
     save_every: int = 200,
+    marks: int = 1,
 ) -> Trained:
     """Train on a Selection whose k-th id stands in row `rows[k]` of `encoded`. Frozen parameters stay as they are.
 
     With a `path`, the state is kept there every `save_every` steps, a killed run goes on from it to the same bytes,
-    and `checkpoint.safetensors` is written at the end. Raises `InputError` when the loss is not finite.
+    and `checkpoint.safetensors` is written at the end; `marks - 1` earlier models are kept as `mark-STEP.safetensors`,
+    see `mark_steps`. Raises `InputError` when the loss is not finite.
     """
+    due = mark_steps(recipe.steps, marks)[:-1]
     key = digest(recipe.spec(), task.describe(), selection.fingerprint, fingerprint(start) if start else "")
     params = dict(start) if start is not None else init_params(task.module, recipe.seed)
     names, moved = list(params), trainable(task, params)
     state, losses = optim.init(recipe, [params[n] for n in moved]), []
     held = _load_state(path / "state.safetensors", key) if path else None
-    if held is not None:
+    if held is not None and path and all(_load_state(mark_file(path, k), key) for k in due if k <= len(held.losses)):
         params = {n: held.params[n] for n in names}
         state, losses = {k: [v[n] for n in moved] for k, v in held.state.items()}, held.losses
     for step, batch in enumerate(steps(recipe, selection, encoded.sizes[rows])):
@@ -129,6 +150,8 @@ def train(
         values, state = optim.update(recipe, clipped, state, values, step)
         params |= zip(moved, values, strict=True)
         losses.append(loss * recipe.terms_per_step / max(1, int(encoded.sizes[rows[batch]].sum())))
+        if path and step + 1 in due:
+            save(mark_file(path, step + 1), _named(params, moved, state, losses), key)
         if path and (step + 1) % save_every == 0 and step + 1 < recipe.steps:
             save(path / "state.safetensors", _named(params, moved, state, losses), key)
     _check_finite(params, recipe)

@@ -44,10 +44,10 @@ def preconditioner(state: Mapping[str, Any], *, gradient: Params | None = None) 
     return found
 
 
-def feature_metric(state: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Factors of *per-example* gradients, by name, whose dot products are then those of Adam's metric P.
+def feature_metric(state: Mapping[str, Any], kind: str, exponent: float = 0.25) -> dict[str, Any]:
+    """Factors of *per-example* gradients, by name: (v_hat)^-exponent. At 1/4 dot products are those of Adam's metric P.
 
-    A feature is multiplied by sqrt(P) on either side of a product: sqrt(P) = (v_hat)^(-1/4), with v_hat held above
+    A feature is then multiplied by sqrt(P) on either side of a product: sqrt(P) = (v_hat)^(-1/4), with v_hat held above
     (FLOOR rms)^2 of its parameter, so that weights which training hardly met do not outweigh all others. kind 'adam':
     one factor for each entry, for which each example's gradient is formed whole. 'adafactor': of the best rank-one
     v_hat, rows x columns / mean (Shazeer & Stern 2018, arXiv:1804.04235), as TrackStar does (Chang et al. 2024,
@@ -61,9 +61,9 @@ def feature_metric(state: Mapping[str, Any], kind: str) -> dict[str, Any]:
         v = v.nan_to_num(0.0, posinf=0.0)
         v = v.clamp_min(float(v.mean()) * FLOOR**2 or 1.0)
         if kind == "adam" or v.dim() < 2:
-            found[name] = v**-0.25
+            found[name] = v**-exponent
         else:
             v_oi = v.flatten(1)
             rows, columns = v_oi.mean(dim=1), v_oi.mean(dim=0)
-            found[name] = (rows / rows.mean()) ** -0.25, columns**-0.25
+            found[name] = (rows / rows.mean()) ** -exponent, columns**-exponent
     return found
