@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from assay.numerics.stats import auc, crossed_interval, spearman, verdict
+from assay.numerics.stats import auc, auc_interval, crossed_interval, spearman, verdict
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -115,3 +115,17 @@ def test_verdicts():
     assert [verdict(0.1, 1), verdict(-1, -0.1), verdict(-1, 1), verdict(0, 1), verdict(-1, 0)] == [
         "better", "worse", "unresolved", "unresolved", "unresolved",
     ]  # fmt: skip
+
+
+def test_auc_interval_is_the_auc_and_covers() -> None:
+    rng, hits, truth = np.random.default_rng(0), 0, float(scipy_stats.norm.cdf(1 / np.sqrt(2)))
+    wrong = np.arange(120) < 30
+    for _ in range(400):
+        scores = rng.normal(size=120) + wrong
+        value, low, high = auc_interval(scores, wrong)
+        assert value == pytest.approx(auc(scores, wrong))
+        hits += low <= truth <= high
+    assert 0.92 <= hits / 400 <= 0.98
+    tied = np.round(rng.normal(size=120) + wrong)
+    assert auc_interval(tied, wrong)[0] == pytest.approx(auc(tied, wrong))
+    assert np.isnan(auc_interval(tied, wrong & False)[0])
