@@ -226,7 +226,7 @@ def test_zero_weight_keeps_everyones_place(tmp_path, monkeypatch):
     whole = loop.gradient
     for name, w in (("one", np.ones(12)), ("zero", weights)):
 
-        def gradient(task, params, encoded, rows, weights, terms, name=name):
+        def gradient(task, params, encoded, rows, weights, terms, noise=None, name=name):
             seen[name].append(rows.tolist())
             return whole(task, params, encoded, rows, weights, terms)
 

@@ -109,22 +109,22 @@ def read_pool(job: Job) -> None:
 
 
 def _builtin(job: Job) -> tuple[Pool, Pool, dict[bytes, str]]:
-    from assay.data import builtin, toys
+    from assay.data import images
+    from assay.data.supplied import supplied
 
     study = job.study
-    options = (study.pool.builtin, study.target.builtin, study.pool.size, study.pool.flip, study.seed, sys.version)
+    options = study.supplied()
+    source = images.fingerprint(options["path"]) if study.pool.builtin == "images" else sys.version
 
     def build(part: Path, _: Ledger) -> None:
-        if study.pool.builtin == "digits":
-            made = toys.digits(flip=study.pool.flip, seed=study.seed)
-        else:
-            text = builtin.python_text(target=study.target.builtin or "docs", size=study.pool.size, seed=study.seed)
-            made = text.pool, text.target, text.truth
-        for name, table in zip(("pool", "target"), made[:2], strict=True):
+        *tables, about = supplied(**options)
+        for name, table in zip(("pool", "target"), tables[:2], strict=True):
             store(table, part / name)
-        pq.write_table(made[2], part / "truth.parquet")
+        pq.write_table(tables[2], part / "truth.parquet")
+        write_json(part / "made.json", about)
 
-    path = job.run.step("builtin", options, build, label="build the pool")
+    key = {**options, "path": None, "source": source}
+    path = job.run.step("builtin", key, build, label="build the pool")
     truth = pq.read_table(path / "truth.parquet")
     kinds = dict(zip([i.encode() for i in truth["id"].to_pylist()], truth["kind"].to_pylist(), strict=True))
     return Pool.open(path / "pool"), Pool.open(path / "target"), kinds
@@ -156,7 +156,7 @@ def _held_out(study: Study, pool: Pool) -> tuple[Pool, Pool]:
         fix = nearest(str(name), set(domains.tolist()))
         raise InputError(f"the pool has {len(own)} rows of domain {name!r}", where="target.domain", fix=fix)
     order = own[np.argsort(hash_ids(pool.ids[own], "target", study.seed), kind="stable")]
-    chosen = np.sort(order[: study.target.count])
+    chosen = np.sort(order[: study.target.count or study.target.HELD_OUT])
     rest = np.setdiff1d(np.arange(len(pool)), chosen)
     if not len(rest):
         raise InputError("the held-out target is the whole pool", where="target.count", fix="lower target.count")
@@ -218,10 +218,8 @@ def build_task(job: Job) -> None:
     """Train the tokenizer on the pool and encode pool and target for the model."""
     spec, pool = job.study.task, job.pool
     job.progress.begin("encode", 4, "tokenise")
-    if spec.kind == "classifier":
-        from assay.train.models import Classifier
-
-        job.task = Classifier(inputs=spec.inputs, hidden=spec.hidden, classes=spec.classes)
+    if spec.kind != "text":
+        job.task = spec.classifier()
     else:
         from assay.train.models import LanguageModel, train_tokenizer
 

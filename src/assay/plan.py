@@ -21,7 +21,8 @@ from assay.core.pool import Pool
 from assay.core.run import resident, tree_rss
 from assay.core.selection import Budget
 from assay.core.target import Target
-from assay.data import builtin, gate, readers, toys
+from assay.data import gate, readers
+from assay.data.supplied import supplied
 from assay.engine import local
 from assay.measure import PASSES, family, uses_model
 from assay.study import Study
@@ -154,11 +155,7 @@ def _sample(study: Study) -> tuple[Pool, Pool, int, float, float]:
     """A sample of the pool, the target, rows of the whole pool, seconds and bytes that reading it all would take."""
     start = time.perf_counter()
     if study.pool.builtin:
-        if study.pool.builtin == "digits":
-            train, test, _ = toys.digits(flip=study.pool.flip, seed=study.seed)
-        else:
-            made = builtin.python_text(target=study.target.builtin or "docs", size=study.pool.size, seed=study.seed)
-            train, test = made.pool, made.target
+        train, test, *_ = supplied(**study.supplied())
         seconds = (time.perf_counter() - start) * 1.1
         pool = Pool.from_columns(train)
         return pool, Pool.from_columns(test), len(pool), seconds, 0.4 * train.nbytes
@@ -187,7 +184,7 @@ def _sample(study: Study) -> tuple[Pool, Pool, int, float, float]:
         parts = [pa.Table.from_batches([b]) for b, _ in readers.read(source) if b.num_rows]
         target = Pool.from_columns(pa.concat_tables(parts)) if parts else pool.at([])
     else:
-        target = pool.at(np.arange(min(len(pool), study.target.count)))
+        target = pool.at(np.arange(min(len(pool), study.target.count or study.target.HELD_OUT)))
     return pool, target, rows, rate * whole, 0.4 * table.nbytes / table.num_rows * whole
 
 
@@ -244,11 +241,11 @@ class _Clock:
 
 
 def _task(study: Study, sample: Pool) -> Any:
-    from assay.train.models import Classifier, LanguageModel, train_tokenizer
+    from assay.train.models import LanguageModel, train_tokenizer
 
     spec = study.task
-    if spec.kind == "classifier":
-        return Classifier(inputs=spec.inputs, hidden=spec.hidden, classes=spec.classes)
+    if spec.kind != "text":
+        return spec.classifier()
     tokenizer = train_tokenizer(sample, vocab=spec.vocab, seed=study.seed)
     return LanguageModel(
         tokenizer=tokenizer,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pydantic
 
 from assay.core.method import Count, Positive
 from assay.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from assay.train.models import Classifier
 
 # Names that become files: no path may hide in them.
 FileName = Annotated[str, pydantic.Field(pattern=r"^[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,99}$")]
@@ -21,7 +24,8 @@ class PoolSpec(Spec):
     """Where the pool is, and which of the user's columns mean what."""
 
     path: str | tuple[str, ...] | None = None
-    builtin: Literal["python", "digits"] | None = None
+    builtin: Literal["python", "digits", "images"] | None = None
+    """A pool that comes with its target: text of Python, scikit-learn's digits, or labelled images at `path`."""
     text: str = "text"
     image: str | None = None
     id: str | None = None
@@ -29,10 +33,12 @@ class PoolSpec(Spec):
     keep: tuple[str, ...] = ()
     sample: Count | None = None
     """Use a keyed random sample of this many rows."""
-    size: Count = 12_000
-    """Rows of the built-in pool."""
+    size: Count | None = None
+    """Rows of the built-in pool: 12,000 of Python, 1,200 digits or all images, unless given."""
+    take: Literal["first", "random"] = "random"
+    """Which images: from the top of their file, or drawn by the seed."""
     flip: float = pydantic.Field(default=0.1, ge=0, lt=1)
-    """Share of wrong labels planted in the built-in digits."""
+    """Share of wrong labels planted in the built-in digits and images."""
     max_chars: Count = 1_000_000
     max_bad: float = pydantic.Field(default=0.05, ge=0, le=1)
     truth: str | None = None
@@ -43,12 +49,13 @@ class PoolSpec(Spec):
 class TargetSpec(Spec):
     """What the user cares about: a file of its own, or a domain of the pool that is held out."""
 
+    HELD_OUT: ClassVar[int] = 400
     name: str = "target"
     path: str | tuple[str, ...] | None = None
     builtin: Literal["docs", "code", "docstring", "comment"] | None = None
     domain: str | None = None
-    count: Count = 400
-    """How many examples of `domain` are held out."""
+    count: Count | None = None
+    """How many examples of `domain` are held out, 400 unless given; of digits and images, how many test on: all."""
     text: str = "text"
     id: str | None = None
     group: str | None = None
@@ -57,9 +64,10 @@ class TargetSpec(Spec):
 
 
 class TaskSpec(Spec):
-    """The model. `text`: the built-in decoder with its own tokenizer. `classifier`: vectors and labels."""
+    """The model. `text`: the built-in decoder with its own tokenizer. `classifier`: vectors and labels. `convnet`:
+    images and labels."""
 
-    kind: Literal["text", "classifier"] = "text"
+    kind: Literal["text", "classifier", "convnet"] = "text"
     vocab: int = pydantic.Field(default=1024, ge=260)
     width: Count = 64
     layers: Count = 3
@@ -68,6 +76,22 @@ class TaskSpec(Spec):
     hidden: tuple[int, ...] = ()
     inputs: Count = 64
     classes: Count = 10
+    activation: Literal["gelu", "relu"] = "gelu"
+    dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    """Share of each hidden layer that is dropped while training; scoring and evaluation never drop any."""
+    shape: tuple[Count, Count, Count] = (3, 32, 32)
+    """Channels, height and width of a convnet's images."""
+    filters: tuple[Count, ...] = (24, 48, 96)
+
+    def classifier(self) -> Classifier:
+        """The Task of vectors or images and labels."""
+        from assay.train.models import Classifier
+        from assay.train.vision import ImageClassifier
+
+        common = {"classes": self.classes, "activation": self.activation}
+        if self.kind == "convnet":
+            return ImageClassifier(shape=self.shape, filters=self.filters, **common)
+        return Classifier(inputs=self.inputs, hidden=self.hidden, dropout=self.dropout, **common)
 
 
 class ProxySpec(Spec):

@@ -45,6 +45,15 @@ class Study(Spec):
     def _budget(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    def supplied(self) -> dict[str, Any]:
+        """What `data.supplied` takes for a built-in pool."""
+        pool = self.pool
+        return {
+            "kind": pool.builtin, "target": self.target.builtin, "size": pool.size, "count": self.target.count,
+            "take": pool.take, "flip": pool.flip, "path": Path(str(pool.path)) if pool.path else None,
+            "seed": self.seed,
+        }  # fmt: skip
+
     def _reserved(self, arm: ArmSpec) -> bool:
         """Whether an arm bears the name of a baseline that it is not."""
         spec = arm.method.get("name") if isinstance(arm.method, Mapping) else arm.method
@@ -136,7 +145,11 @@ def _check_recipes(study: Study, where: str) -> None:
 
 def _check_sources(study: Study, where: str) -> None:
     pool, target = study.pool, study.target
-    if (pool.path is None) == (pool.builtin is None):
+    if pool.builtin == "images":
+        if not isinstance(pool.path, str):
+            why = "labelled images come from one .npz file or one folder"
+            raise InputError("pool.builtin = 'images' has no path", where=where, why=why, fix="set pool.path")
+    elif (pool.path is None) == (pool.builtin is None):
         why, fix = (
             ("neither is given", "set pool.path") if pool.path is None else ("both are given", "drop one of them")
         )
@@ -152,7 +165,7 @@ def _check_sources(study: Study, where: str) -> None:
             why, fix = ("both are given", "drop one of them") if given else ("neither is given", "set target.path")
             raise InputError("[target] needs exactly one of path and domain", where=where, why=why, fix=fix)
     else:
-        wrong = [key for key in given if key != "builtin" or pool.builtin == "digits"]
+        wrong = [key for key in given if key != "builtin" or pool.builtin != "python"]
         if wrong:
             why = f"pool.builtin = {pool.builtin!r} brings its own target"
             raise InputError(
@@ -161,6 +174,7 @@ def _check_sources(study: Study, where: str) -> None:
     unused = {"size": "builtin", "flip": "builtin"} if pool.builtin is None else dict.fromkeys(
         ("text", "image", "id", "domain", "keep", "max_chars", "max_bad"), "path"
     )  # fmt: skip
+    unused |= {} if pool.builtin == "images" else {"take": "builtin = 'images'"}
     for key, partner in unused.items():
         if getattr(pool, key) != PoolSpec.model_fields[key].default:
             why = f"it goes with pool.{partner}, which is not given"
@@ -170,10 +184,15 @@ def _check_sources(study: Study, where: str) -> None:
 def _check_task(study: Study, where: str) -> None:
     task = study.task
     digits = study.pool.builtin == "digits"
-    if digits != (task.kind == "classifier"):
-        why = "the digits are vectors with labels" if digits else "the pool is text, without vectors and labels"
-        fix = f"set task.kind = {'classifier' if digits else 'text'!r}"
+    kinds = {"digits": ("classifier",), "images": ("classifier", "convnet")}.get(study.pool.builtin or "", ("text",))
+    if task.kind not in kinds:
+        has = {"digits": "the digits are vectors with labels", "images": "images are pixels with labels"}
+        why = has.get(study.pool.builtin or "", "the pool is text, without vectors and labels")
+        fix = f"set task.kind = {' or '.join(map(repr, kinds))}"
         raise InputError(f"task.kind = {task.kind!r} does not fit the pool", where=where, why=why, fix=fix)
+    if task.dropout and task.kind != "classifier":
+        raise InputError("task.dropout does nothing here", where=where, why="it is for hidden layers of a classifier",
+                         fix="drop task.dropout")  # fmt: skip
     if digits and (task.inputs, task.classes) != (64, 10):
         why = f"an image has 64 pixels and there are 10 digits, not {task.inputs} and {task.classes}"
         raise InputError("the classifier does not fit the digits", where=where, why=why, fix="drop both keys")

@@ -75,6 +75,16 @@ class Task(ABC):
     def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
         """Loss terms `[b, t]` and their mask `[b, t]` (1 where a term counts)."""
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether training draws anything, such as dropout, by `noise`."""
+        return False
+
+    def noise(self, keys: np.ndarray) -> Inputs:
+        """What training adds to the batch, `[*keys.shape, ...]` tensors by name: drawn from one uint64 for each example
+        and step, and from nothing else. A batch without it is scored and evaluated without noise."""
+        return {}
+
     def loss(self, params: Params, batch: Inputs) -> Tensor:
         """Per-example loss, `[b]`: mean over the example's terms, in nats."""
         terms, mask = self.terms(params, batch)

@@ -41,8 +41,10 @@ SAIL = (
 )
 
 
-def digits(*, flip: float = 0.1, seed: int = 0) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Handwritten digits with a share of wrong training labels: train (1200), test (597) and truth.
+def digits(
+    *, flip: float = 0.1, seed: int = 0, train: int = TRAIN, test: int | None = None
+) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Handwritten digits with a share of wrong training labels: train (1200), test (the rest of 1797) and truth.
 
     `train` and `test` have id, pixels (64 numbers in 0..1), label and domain ("digit 3", after the given label);
     `truth` names each flipped row of `train`, with its true label as detail.
@@ -53,8 +55,13 @@ def digits(*, flip: float = 0.1, seed: int = 0) -> tuple[pa.Table, pa.Table, pa.
 
     bunch = load_digits()
     pixels, labels = (bunch.data / 16).astype(np.float32), bunch.target.tolist()  # type: ignore[attr-defined]
-    order = permuted(len(labels), seed, "split")
-    wrong = sorted(order[:TRAIN], key=lambda i: key(seed, "flip", i))[: round(flip * TRAIN)]
+    order, rest = permuted(len(labels), seed, "split"), len(labels) - train
+    if rest < 2 or (test or 2) > rest:
+        raise InputError(
+            f"{train} digits to train on and {test or 'some'} to test on", why=f"there are {len(labels)}",
+            fix="lower pool.size or target.count",
+        )  # fmt: skip
+    wrong = sorted(order[:train], key=lambda i: key(seed, "flip", i))[: round(flip * train)]
     given = {i: (labels[i] + 1 + key(seed, "class", i) % 9) % 10 for i in wrong}
 
     def table(rows: list[int]) -> pa.Table:
@@ -70,8 +77,8 @@ def digits(*, flip: float = 0.1, seed: int = 0) -> tuple[pa.Table, pa.Table, pa.
             }
         )
 
-    flipped = [(opaque(seed, "digit", i), "flipped", "", str(labels[i])) for i in order[:TRAIN] if i in given]
-    return table(order[:TRAIN]), table(order[TRAIN:]), tabulate(flipped, Truth._fields)
+    flipped = [(opaque(seed, "digit", i), "flipped", "", str(labels[i])) for i in order[:train] if i in given]
+    return table(order[:train]), table(order[train:][:test]), tabulate(flipped, Truth._fields)
 
 
 def skills(n: int = 600, seed: int = 0) -> Planted:

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from assay.core.errors import InputError
-from assay.core.keys import canonical, digest, shuffled, write_bytes
+from assay.core.keys import canonical, digest, hash_ids, shuffled, write_bytes
 from assay.core.selection import Selection
 from assay.core.task import Encoded, Params, Task
 from assay.train import optim
@@ -92,16 +92,23 @@ def trainable(task: Task, params: Params) -> list[str]:
     return [name for name in params if name not in frozen]
 
 
+def noise_keys(task: Task, ids: np.ndarray, seed: int, step: int) -> np.ndarray | None:
+    """What the noise of a step is drawn from, `[b]` uint64; None where the task has none."""
+    return hash_ids(ids, "noise", seed, step) if task.stochastic else None
+
+
 def gradient(
-    task: Task, params: Params, encoded: Encoded, rows: np.ndarray, weights: np.ndarray, terms: int
-) -> tuple[list[Tensor], float]:
+    task: Task, params: Params, encoded: Encoded, rows: np.ndarray, weights: np.ndarray, terms: int,
+    noise: np.ndarray | None = None,
+) -> tuple[list[Tensor], float]:  # fmt: skip
     """Gradient of `(1/T) sum_i w_i n_i loss_i` to each parameter, and that sum; accumulated over micro-batches of like
-    length. Zero for frozen parameters."""
+    length. Zero for frozen parameters. `noise` has the keys of the task's noise, one a row."""
     leaves = {name: params[name].detach().requires_grad_() for name in trainable(task, params)}
     held, value = {name: p.detach() for name, p in params.items()} | leaves, 0.0
     total = [torch.zeros_like(p) for p in leaves.values()]
     for block in blocks(encoded.lengths[rows]):
-        nll, mask = task.terms(held, encoded.inputs(rows[block]))
+        batch = encoded.inputs(rows[block]) | ({} if noise is None else task.noise(noise[block]))
+        nll, mask = task.terms(held, batch)
         w = torch.as_tensor(weights[block], dtype=nll.dtype)
         loss = (nll * mask).sum(dim=1) @ w / terms
         part = torch.autograd.grad(loss, list(leaves.values()))
@@ -142,7 +149,9 @@ def train(
     for step, batch in enumerate(steps(recipe, selection, encoded.sizes[rows])):
         if step < len(losses):
             continue
-        grads, loss = gradient(task, params, encoded, rows[batch], selection.weights[batch], recipe.terms_per_step)
+        noise = noise_keys(task, selection.ids[batch], recipe.seed, step)
+        weights = selection.weights[batch]
+        grads, loss = gradient(task, params, encoded, rows[batch], weights, recipe.terms_per_step, noise)
         if not np.isfinite(loss):
             raise _diverged(f"the training loss is {loss} at step {step}", recipe)
         slope = dict(zip(names, grads, strict=True))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from assay.core.errors import InputError
 from assay.core.keys import canonical, write_json
 from assay.core.pool import Pool
 from assay.core.task import Encoded, Inputs, Params, Task
+from assay.numerics.project import splitmix64
 from assay.numerics.readout import Readout
 
 
@@ -212,16 +213,22 @@ class LanguageModel(Task):
 
 
 class Perceptron(nn.Module):
-    """Linear layers with GELU between; `hidden=()` is multinomial logistic regression."""
+    """Linear layers with GELU or ReLU between; `hidden=()` is multinomial logistic regression."""
 
-    def __init__(self, inputs: int, hidden: tuple[int, ...], classes: int) -> None:
+    def __init__(
+        self, inputs: int, hidden: tuple[int, ...], classes: int, activation: str = "gelu", dropout: float = 0.0
+    ) -> None:
         super().__init__()
         sizes = (inputs, *hidden, classes)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.activation, self.dropout = {"gelu": F.gelu, "relu": F.relu}[activation], dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.gelu(layer(x))
+    def forward(self, x: Tensor, *kept: Tensor) -> Tensor:
+        """Logits; with `kept`, one `[b, width]` of zeros and ones for each hidden layer, the others drop out."""
+        for index, layer in enumerate(self.layers[:-1]):
+            x = self.activation(layer(x))
+            if kept:
+                x = x * kept[index] / (1 - self.dropout)
         return self.layers[-1](x)
 
 
@@ -253,16 +260,21 @@ class Classifier(Task):
     inputs: int = 64
     hidden: tuple[int, ...] = ()
     classes: int = 10
+    activation: Literal["gelu", "relu"] = "gelu"
+    dropout: float = 0.0
+    """Share of each hidden layer that is dropped while training; scoring and evaluation never drop any."""
 
     reduction: ClassVar[str] = "one term an example"
     measure_unit: ClassVar[str] = "nats per example"
 
     @cached_property
     def module(self) -> nn.Module:
-        return Perceptron(self.inputs, self.hidden, self.classes)
+        return Perceptron(self.inputs, self.hidden, self.classes, self.activation, self.dropout)
 
     def describe(self) -> dict[str, Any]:
-        return {"task": "classifier", **asdict(self), "hidden": list(self.hidden)}
+        later = {"activation": "gelu", "dropout": 0.0}  # at these values a task keeps the key that it always had
+        fields = {k: v for k, v in asdict(self).items() if v != later.get(k)}
+        return {"task": "classifier", **fields, "hidden": list(self.hidden)}
 
     def prepare(self, pool: Pool, path: Path) -> None:
         pixels = np.array(pool.column("pixels"), dtype=np.float32).reshape(len(pool), -1)
@@ -278,9 +290,23 @@ class Classifier(Task):
     def encoded(self, path: Path) -> Encoded:
         return _Vectors(path)
 
+    @property
+    def stochastic(self) -> bool:
+        return self.dropout > 0 and bool(self.hidden)
+
+    def noise(self, keys: np.ndarray) -> Inputs:
+        """Which entries stay, uint8 `[..., width]` for each hidden layer: keyed by example and step, layer, place."""
+        least, found = np.uint64(int(self.dropout * 2.0**64)), {}
+        for layer, width in enumerate(self.hidden):
+            place = splitmix64(np.arange(width, dtype=np.uint64) + np.uint64(layer << 32))
+            found[f"kept.{layer}"] = torch.from_numpy((splitmix64(keys[..., None] ^ place) >= least).astype(np.uint8))
+        return found
+
     def logits(self, params: Params, batch: Inputs) -> Tensor:
-        """`[b, classes]`."""
-        return functional_call(self.module, dict(params), (batch["x"].to(next(iter(params.values())).dtype),))
+        """`[b, classes]`; of a batch with `noise`, as training has them."""
+        kept = [batch[f"kept.{layer}"] for layer in range(len(self.hidden)) if f"kept.{layer}" in batch]
+        x = batch["x"].to(next(iter(params.values())).dtype)
+        return functional_call(self.module, dict(params), (x, *kept))
 
     def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
         loss = F.cross_entropy(self.logits(params, batch), batch["y"], reduction="none")[:, None]
@@ -312,7 +338,10 @@ def read_task(path: Path) -> Task:
     """What `write_task` wrote. Raises `InputError` when it is no such file."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        kind = {"text": LanguageModel, "classifier": Classifier}[fields.pop("task")]
+        from assay.train.vision import ImageClassifier
+
+        kinds = {"text": LanguageModel, "classifier": Classifier, "convnet": ImageClassifier}
+        kind = kinds[fields.pop("task")]
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = str(error) or type(error).__name__
