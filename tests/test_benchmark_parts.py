@@ -77,3 +77,124 @@ def test_less_than_the_task_is_not_timed(parts, fault):
         features[4999] = 0 if fault == "zero" else [0, np.nan, 0]
     with pytest.raises(RuntimeError, match="a tool wrote"):
         peers.check("a tool", features, 5000)
+
+
+# The contest of influence scores.
+
+
+def test_options_are_laid_over_a_table_and_reach_into_nested_ones(parts):
+    contest = parts("contest")
+    spec = {"name": "trak", "features": {"name": "gradients", "size": 8}, "damping": 0.1}
+    made = contest.overlay(spec, {"damping": 1.0, "features.size": 16})
+    assert made == {"name": "trak", "features": {"name": "gradients", "size": 16}, "damping": 1.0}
+    assert spec["features"]["size"] == 8  # and the table itself is as it was
+    assert contest.grid(a=[1, 2], b=[3]) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}] and contest.grid() == [{}]
+
+
+@pytest.fixture
+def small(parts, tmp_path):
+    """R0 with a tenth of its steps, and a bank made up from one model's exact gradients: who scores them is best."""
+    truth = parts("truth")
+    world = truth.digits(tmp_path, quick=True)
+    world.recipe = world.recipe.model_copy(update={"steps": 20})
+    return world
+
+
+def test_targets_that_choose_are_not_reported_on(small):
+    chosen, reported = small.sides
+    assert not set(chosen) & set(reported) and len(chosen) + len(reported) == len(small.targets)
+    assert len(chosen) == len(reported)
+
+
+def test_a_peer_sees_the_model_and_the_data_that_we_score(parts, small, tmp_path, monkeypatch):
+    import torch
+
+    attribution, contest = parts("attribution"), parts("contest")
+    monkeypatch.syspath_prepend(str(attribution.SCRIPTS))
+    common = importlib.import_module("attribute_common")
+    trajectories, asked = small.models("full", 2), np.arange(5)
+    about, arrays = contest.described(small, asked)
+    place = tmp_path / "peer"
+    place.mkdir()
+    job = {"method": "graddot", "models": [0, 1], "options": {}}
+    attribution.export(place, about, arrays, [run[-1].params for run in trajectories], [job])
+    folder = common.read(place)
+    for index, run in enumerate(trajectories):
+        batch = small.read(small.targets).inputs(asked)
+        ours = small.task.logits(run[-1].params, batch)
+        torch.testing.assert_close(folder.module(index)(folder.tx), ours)
+        torch.testing.assert_close(common.margins(ours, folder.ty), small.task.margin(run[-1].params, batch))
+    assert folder.margin and folder.about["jobs"] == [job] and len(folder.y) == len(small.pool)
+
+
+def test_the_best_option_on_one_side_is_reported_on_the_other(parts, small, monkeypatch):
+    """A stand-in scorer whose option says how much of the truth it knows."""
+    contest, attribution = parts("contest"), parts("attribution")
+    rng = np.random.default_rng(0)
+    right = rng.normal(size=(len(small.targets), len(small.pool)))
+    small.masks = rng.permuted(np.tile(np.arange(len(small.pool)) % 2 == 0, (20, 1)), axis=1)
+    small.values = -(small.masks @ right.T)[:, None, :]
+    asked = []
+
+    def score(world, trajectories, options, targets):
+        asked.append((options["share"], len(targets)))
+        noise = np.random.default_rng(1).normal(size=right.shape)
+        return (options["share"] * right + (1 - options["share"]) * noise)[targets]
+
+    entrants = contest.Contest(small, {}, workers=1)
+    options = contest.grid(share=[0.0, 0.9, 0.4])
+    entrants.enter(contest.Contestant("known", {}, options, function=score))
+    entrants.enter(contest.Contestant("same", {}, function=score, like="known"))
+    tuning = min(contest.TUNING, len(small.sides[0]))
+    assert asked == [(0.0, tuning), (0.9, tuning), (0.4, tuning), *[(0.9, len(small.targets))] * 2]
+    row = entrants.rows[0]
+    assert row["options"] == {"share": 0.9} and row["method"] == "known" and row["value"] > 0.95
+    assert row["ci"][0] < row["value"] <= row["ci"][1] and {r["metric"] for r in entrants.rows} == {
+        "lds_fixed",
+        "lds_avg",
+    }
+    entrants.enter(contest.Contestant("absent", {"method": "cg"}, tool="dattri"))
+    assert len(entrants.rows) == 4 and attribution.LIBRARIES.keys() >= {"dattri", "kronfluence", "bergson"}
+
+
+def test_bars_are_told_met_or_not(parts):
+    bars = parts("bars")
+
+    def row(tool, method, value, seconds, metric="lds_avg", case="R0", ci=None):
+        return {
+            "case": case,
+            "tool": tool,
+            "method": method,
+            "metric": metric,
+            "value": value,
+            "seconds": seconds,
+            "ci": ci,
+        }
+
+    rows = [
+        row("assay", "cg", 0.74, 1.0),
+        row("dattri 0", "cg", 0.7, 4.0),
+        row("dattri 1", "cg", 0.9, 9.0),
+        row("assay", "ekfac", 0.6, 2.0),
+        row("assay", "ekfac-minus-bm25", 0.1, 0.0, "difference", "R3", [-0.01, 0.2]),
+    ]
+    found = {bar.what: bar for bar in bars.check(rows)}
+    assert [bar.met for bar in found.values()] == [True, False, False, False]
+    assert found["R0 cg at least 5 times as fast as the fastest peer"].found == 4.0
+    assert [line[:4] for line in bars.lines(rows)] == ["met ", "MISS", "MISS", "MISS"]
+
+
+def test_documents_go_to_peers_with_their_start_token(parts, tmp_path):
+    from types import SimpleNamespace
+
+    from helpers import language, text_pool
+
+    contest, pool = parts("contest"), text_pool(6, longest=5)
+    task, encoded = language(pool, tmp_path / "tokens")
+    world = SimpleNamespace(task=task, pool=pool, targets=pool, read=lambda _: encoded)
+    about, arrays = contest.described(world, np.arange(len(pool)))
+    assert about == {"vocab": 280, "width": 16, "layers": 2, "heads": 2, "context": 24}
+    for k, (a, b) in enumerate(zip(arrays["pool_offsets"], arrays["pool_offsets"][1:], strict=False)):
+        inputs = encoded.inputs(np.array([k]))
+        assert arrays["pool"][a:b].tolist() == [0, *inputs["targets"][0].tolist()]
+        assert arrays["pool"][a : b - 1].tolist() == inputs["tokens"][0].tolist()

@@ -110,7 +110,7 @@ def rows(
     `place` is the world of the caller's own runs, if it has one of that many documents.
     """
     chosen = interpreter(python)
-    present = {peer: version for peer in PEERS if (version := _version(chosen, peer))}
+    present = {peer: held for peer in PEERS if (held := version(chosen, peer))}
     if not present:
         return []
     with tempfile.TemporaryDirectory(prefix="assay-peers-") as folder:
@@ -131,14 +131,14 @@ def _row(peer: Peer, version: str, place: World, seconds: np.ndarray, threads: i
     }  # fmt: skip
 
 
-def _version(python: Path, peer: Peer) -> str | None:
+def version(python: Path, peer: Peer) -> str | None:
     """The peer's version, or None and a line on stderr. It is imported: its files are in memory when it is timed."""
     code = f"import importlib.metadata as m, {peer.module}; print(m.version({peer.name!r}))"
     if not python.exists():
         print(f"{peer.name} is left out: there is no {python}; see requirements-peers.txt", file=sys.stderr)
         return None
-    environment = _environment(peer, Path(os.devnull), 1)
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=environment)
+    around = environment(peer, Path(os.devnull), 1)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=around)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]
         print(f"{peer.name} is left out: {python} cannot import it: {why}", file=sys.stderr)
@@ -146,7 +146,7 @@ def _version(python: Path, peer: Peer) -> str | None:
     return done.stdout.split()[-1]
 
 
-def _environment(peer: Peer, cache: Path, threads: int) -> dict[str, str]:
+def environment(peer: Peer, cache: Path, threads: int) -> dict[str, str]:
     """So many threads, no network, and caches of its own, so that nothing is left over from an earlier run."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -158,10 +158,10 @@ def _run(python: Path, peer: Peer, place: World, out: Path, threads: int) -> flo
     """Wall-clock seconds of one whole process whose features were found to be right."""
     out.mkdir()
     command = [str(python), *peer.command(place, out)]
-    environment = _environment(peer, out / "cache", threads)
+    around = environment(peer, out / "cache", threads)
     with open(out / "log", "w+") as log:
         start = time.perf_counter()
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=out).returncode
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=around, cwd=out).returncode
         seconds = time.perf_counter() - start
         log.seek(0)
         if code:
