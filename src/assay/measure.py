@@ -201,6 +201,10 @@ class Measurer:
 
     # What methods see (the `Context` protocol).
 
+    @property
+    def folder(self) -> Path:
+        return self._stack[-1].part
+
     def table(self, method: Method) -> Table:
         return self._opened(method, self.pool)
 
@@ -369,7 +373,7 @@ class Measurer:
         return Work(method, state, pool, self.task, path, tables, self.batch, self.shard, self.area)
 
     def _build(self, method: Method, pool: Pool, part: Path, ledger: Ledger) -> None:
-        frame = _Frame(method, ledger)
+        frame = _Frame(method, ledger, part)
         self._stack.append(frame)
         try:
             self.progress.begin(self._label(method, pool), -(-len(pool) // self.shard))
@@ -436,6 +440,7 @@ class _Frame:
 
     method: Method
     ledger: Ledger
+    part: Path
     uses: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

@@ -80,6 +80,11 @@ class Context(Protocol):
     """Ids of the pool that contain target items: no model that scores may train on them."""
     seed: int
 
+    @property
+    def folder(self) -> Path:
+        """Where the Table is being made: what a method leaves there, a run that goes on after a kill finds there."""
+        ...
+
     def table(self, method: Method) -> Table:
         """The Table of a nested method over the pool."""
         ...

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from assay.core.errors import InputError
 from assay.core.pool import Pool
 
 if TYPE_CHECKING:
@@ -89,6 +90,25 @@ class Task(ABC):
         """Per-example loss, `[b]`: mean over the example's terms, in nats."""
         terms, mask = self.terms(params, batch)
         return (terms * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def summed(self, params: Params, batch: Inputs) -> Tensor:
+        """Per-example loss, summed over the example's terms, `[b]`: what Fisher information is made of."""
+        terms, mask = self.terms(params, batch)
+        return (terms * mask).sum(dim=1)
+
+    def positions(self, batch: Inputs) -> Tensor | None:
+        """Which positions of the input are no padding, `[b, t]`; None where there is no padding."""
+        return None
+
+    def resample(self, params: Params, batch: Inputs, keys: np.ndarray, seed: int) -> Inputs:
+        """The batch with labels drawn from the model's own distribution, for the true Fisher information.
+
+        A draw is a hash of the seed, the example's key (`[b]` uint64, a hash of its id) and the position.
+        """
+        raise InputError(
+            f"{type(self).__name__} cannot draw labels from its model", why="it has no method `resample`",
+            fix="labels = 'true' for the empirical Fisher information, or write the method",
+        )  # fmt: skip
 
     def measure(self, params: Params, batch: Inputs) -> Tensor:
         """What is judged on the target, `[b]`, lower is better. The loss, unless a task says otherwise."""

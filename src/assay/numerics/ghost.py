@@ -1,6 +1,7 @@
 """Dot products of per-example gradients with given directions; neither the gradients nor features of them are kept.
 
-For a linear map <G, V> = sum_t d_t^T V a_t, so a direction costs about as much as the layer's forward pass.
+For a linear map <G, V> = sum_t d_t^T V a_t, so a direction costs about as much as the layer's forward pass. With many
+directions it is cheaper to form G, a few examples at a time, and let each direction meet it once, not at each position.
 """
 
 from __future__ import annotations
@@ -14,25 +15,34 @@ from assay.core.task import Inputs, Params
 from assay.numerics.persample import Loss, gradients
 from assay.numerics.project import Sketch
 
+# Directions up to which a position's product with each is cheaper than forming the gradient: one product of G costs as
+# much as one direction does.
+FEW = 2
+
 
 class Products(Sketch):
-    """The linear map that takes a parameter's gradient to its products with K directions, `[b, K]`."""
+    """The linear map that takes a parameter's gradient to its products with K directions, `[b, K]`.
 
-    factored = True
+    `along` holds them as `[K, *shape]` by name.
+    """
 
-    def __init__(self, directions: Sequence[Mapping[str, Tensor]]) -> None:
-        self.count = len(directions)
-        self._along = {n: torch.stack([d[n] for d in directions]) for n in directions[0]}
+    def __init__(self, along: Mapping[str, Tensor]) -> None:
+        self._along = along
+        self.count = len(next(iter(along.values())))
+        self.factored = self.count <= FEW  # type: ignore[misc] - here it depends on how many there are
         # Legend: K directions, o outputs, i inputs. One product takes d to all of them: [o, K i].
-        self._flat = {n: v.flatten(2).transpose(0, 1).flatten(1) for n, v in self._along.items() if v.dim() > 2}
+        wide = {n: v for n, v in along.items() if v.dim() > 2} if self.factored else {}
+        self._flat = {n: v.flatten(2).transpose(0, 1).flatten(1) for n, v in wide.items()}
 
     def width(self, name: str, shape: Sequence[int]) -> int:
         return self.count
 
     def out(self, name: str, d_bto: Tensor) -> Tensor:
-        return d_bto @ self._flat[name].to(d_bto.dtype)
+        return d_bto @ self._flat[name].to(d_bto.dtype) if self.factored else d_bto
 
     def merge(self, name: str, d_btr: Tensor, a_bts: Tensor) -> Tensor:
+        if not self.factored:
+            return super().merge(name, d_btr, a_bts)
         return (d_btr.unflatten(-1, (self.count, -1)) * a_bts[..., None, :]).sum(dim=(1, 3))
 
     def full(self, name: str, grad: Tensor) -> Tensor:
@@ -44,13 +54,15 @@ class Products(Sketch):
 
 
 def products(
-    module: nn.Module, loss: Loss, params: Params, inputs: Inputs, directions: Sequence[Mapping[str, Tensor]], *,
-    fallback: set[str] | None = None,
+    module: nn.Module, loss: Loss, params: Params, inputs: Inputs,
+    directions: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor], *, fallback: set[str] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`[b, K]`: <gradient of loss_i, direction_k> over the parameters that the directions name.
+    """`[b, K]`: <gradient of loss_i, direction_k> over the parameters that the directions name; K of them one by one,
+    or stacked by name, `[K, *shape]`.
 
     Exact; a metric goes into the directions. Raises `KeyError` for a direction that lacks a name of the first.
     """
-    only = set(directions[0])
-    found, _ = gradients(module, loss, params, inputs, Products(directions), only=only, fallback=fallback)
+    one = isinstance(directions, Mapping)
+    along = directions if one else {n: torch.stack([d[n] for d in directions]) for n in directions[0]}
+    found, _ = gradients(module, loss, params, inputs, Products(along), only=set(along), fallback=fallback)
     return torch.stack(list(found.values())).sum(dim=0)

@@ -252,3 +252,11 @@ def _same_forward(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Quantised or adapted subclasses compute something else: they have no rule."""
     own = type(layer)
     return own.forward is kind.forward or own.__module__.startswith(("torch.nn.", "assay."))
+
+
+def outputs_axis(layer: nn.Module) -> int | None:
+    """Which axis of a linear map's weight is its output: 0, or 1 for those kept as `[i, o]`; None for other layers."""
+    rule = rule_of(layer)
+    if rule in (_linear, _readout, _convolution):
+        return 0
+    return 1 if rule is _transposed else None

@@ -21,8 +21,9 @@ from assay.core.errors import InputError, nearest
 from assay.core.keys import digest, digest_file
 from assay.core.pool import Pool
 from assay.core.task import Encoded, Inputs, Params, Task
+from assay.numerics.sampling import categorical, uniforms
 from assay.train import pretrained
-from assay.train.models import Tokens, check_labels, margin, with_params, write_tokens
+from assay.train.models import Tokens, check_labels, drawn, margin, with_params, write_tokens
 from assay.train.pretrained import (
     Form,
     build,
@@ -217,6 +218,9 @@ class _Pretrained(Task):
 
         return with_params(self.module, params, call, batch)
 
+    def positions(self, batch: Inputs) -> Tensor:
+        return batch["mask"]
+
     def _cost(self, tokens: np.ndarray, reach: float) -> float:
         """2 x (weights of matrices but the input embedding) a token, and 4 x width x layers x (reach x length)."""
         t, config = np.asarray(tokens, dtype=np.float64), self.config.get_text_config()
@@ -316,6 +320,18 @@ class CausalLM(_Pretrained):
         logits = model(**_inputs(batch, form)).logits
         exact = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(exact.transpose(1, 2), batch["targets"], reduction="none")
+
+    @torch.no_grad()
+    def resample(self, params: Params, batch: Inputs, keys: np.ndarray, seed: int) -> Inputs:
+        def draw(module: nn.Module, batch: Inputs) -> Tensor:
+            model, form = core_of(module), self._built[1]
+            if form.readout is None:
+                return drawn(lambda z: z, model(**_inputs(batch, form)).logits, u)
+            base: Callable[..., Any] = model.base_model  # type: ignore[assignment]
+            return drawn(form.readout, base(**_inputs(batch, form)).last_hidden_state, u)
+
+        u = uniforms(keys, batch["targets"].shape[1], seed=seed)
+        return {**batch, "targets": with_params(self.module, params, draw, batch)}
 
     def forward_flops(self, terms: np.ndarray) -> float:
         """2 x (weights of matrices) a token, and 4 x width x length/2 a token and layer for causal attention."""
@@ -426,6 +442,11 @@ class SequenceClassifier(_Pretrained):
     def margin(self, params: Params, batch: Inputs) -> Tensor:
         """log p_y - log(1 - p_y), `[b]`."""
         return margin(self.logits(params, batch), batch["y"])
+
+    @torch.no_grad()
+    def resample(self, params: Params, batch: Inputs, keys: np.ndarray, seed: int) -> Inputs:
+        u = uniforms(keys, 1, seed=seed)[:, 0]
+        return {**batch, "y": categorical(self.logits(params, batch), u)}
 
     def metrics(self, params: Params, batch: Inputs) -> dict[str, Tensor]:
         return {"accuracy": (self.logits(params, batch).argmax(dim=1) == batch["y"]).double()}

@@ -21,7 +21,8 @@ from assay.core.keys import canonical, write_json
 from assay.core.pool import Pool
 from assay.core.task import Encoded, Inputs, Params, Task
 from assay.numerics.project import splitmix64
-from assay.numerics.readout import Readout
+from assay.numerics.readout import CHUNK, Readout
+from assay.numerics.sampling import categorical, uniforms
 
 
 class _Block(nn.Module):
@@ -110,6 +111,13 @@ class _Bound(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.function(self.inner, *args)
+
+
+def drawn(readout: Callable[[Tensor], Tensor], hidden: Tensor, u: Tensor) -> Tensor:
+    """Tokens drawn at each position, `[b, t]`, by uniforms `[b, t]`; logits are made a few rows at a time."""
+    rows, level = hidden.flatten(0, -2), u.flatten()
+    some = [slice(i, i + CHUNK) for i in range(0, len(rows), CHUNK)]
+    return torch.cat([categorical(readout(rows[s]), level[s]) for s in some]).view(u.shape)
 
 
 def write_tokens(path: Path, documents: Iterable[list[int]], vocab: int) -> None:
@@ -204,6 +212,17 @@ class LanguageModel(Task):
     def hidden(self, params: Params, batch: Inputs) -> Tensor:
         """Final hidden states, `[b, t, width]`."""
         return with_params(self.module, params, Decoder.hidden, batch["tokens"])
+
+    def positions(self, batch: Inputs) -> Tensor:
+        return batch["mask"]
+
+    @torch.no_grad()
+    def resample(self, params: Params, batch: Inputs, keys: np.ndarray, seed: int) -> Inputs:
+        def draw(module: Decoder, batch: Inputs) -> Tensor:
+            return drawn(module.head, module.hidden(batch["tokens"]), u)
+
+        u = uniforms(keys, batch["targets"].shape[1], seed=seed)
+        return {**batch, "targets": with_params(self.module, params, draw, batch)}
 
     def forward_flops(self, terms: np.ndarray) -> float:
         """2 x (weights of matrices) a token, and 4 x width x length/2 a token and layer for causal attention."""
@@ -315,6 +334,11 @@ class Classifier(Task):
     def margin(self, params: Params, batch: Inputs) -> Tensor:
         """log p_y - log(1 - p_y), computed as logit_y - logsumexp of the others; `[b]`."""
         return margin(self.logits(params, batch), batch["y"])
+
+    @torch.no_grad()
+    def resample(self, params: Params, batch: Inputs, keys: np.ndarray, seed: int) -> Inputs:
+        u = uniforms(keys, 1, seed=seed)[:, 0]
+        return {**batch, "y": categorical(self.logits(params, batch), u)}
 
     def metrics(self, params: Params, batch: Inputs) -> dict[str, Tensor]:
         return {"accuracy": (self.logits(params, batch).argmax(dim=1) == batch["y"]).double()}
