@@ -94,10 +94,10 @@ class World:
         return theta
 
 
-def world(folder: Path, classes: int) -> World:
+def world(folder: Path, classes: int, rows: int = N) -> World:
     task = Classifier(inputs=INPUTS, hidden=(), classes=classes)
     pool, target = (
-        vector_pool(N, inputs=INPUTS, classes=classes),
+        vector_pool(rows, inputs=INPUTS, classes=classes),
         vector_pool(9, inputs=INPUTS, classes=classes, seed=1),
     )
     return World(

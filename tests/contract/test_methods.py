@@ -37,11 +37,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 VECTORS = {
     "influence": "the Gauss-Newton matrix needs the task's logits, and the solvers are for a few thousand weights",
     "self_influence": "as influence",
+    "column": "a text is no vector",
 }
-# Methods whose every field has no default: how to make them. Empty as long as all have defaults.
-OPTIONS: dict[str, dict[str, Any]] = {}
+# Options of methods that the worlds below cannot serve at their defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "trackstar": {"features": "gradients"},  # these models have no second moments
+    "tuned": {"grid": {"damping": [0.1, 1.0]}, "groups": 4, "steps": 2},  # quick
+}
 # Methods whose numbers are known to fewer digits than 1e-5 of the largest, and why.
-DIGITS = {"directional": (5e-4, "a derivative is a small difference of float32 losses, each with seven digits")}
+DIGITS = {
+    "trackstar": (5e-4, "whitening makes small directions of float32 gradients as long as the others"),
+    "directional": (5e-4, "a derivative is a small difference of float32 losses, each with seven digits"),
+}
 
 MEASURES = sorted((kind, name) for kind in ("featurizer", "scorer") for name in discover(KINDS[kind]))
 SCORERS = sorted(discover(Scorer))

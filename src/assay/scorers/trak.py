@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from assay.core.errors import InputError
-from assay.core.method import Batch, Context, Cost, Featurizer, NonNegative, Scorer
-from assay.core.table import Table, unit_rows
+from assay.core.method import Batch, Context, Cost, Featurizer, NonNegative, Scorer, Targets, target_columns
+from assay.core.table import unit_rows
 
-# Rows of one product in float32.
-BLOCK = 1024
+
+@dataclass(frozen=True)
+class _State:
+    columns: tuple[str, ...]
+    slopes: list[tuple[Featurizer, np.ndarray]]
+    """Features of each model, and the target's `[c, d]` times the inverse of the pool's second moments."""
+    losses: list[Scorer]
 
 
 class Trak(Scorer):
@@ -21,71 +27,63 @@ class Trak(Scorer):
         output 'loss': R = Q = 1; 'margin': R = p(1-p), Q = 1-p; Q and the rest are averaged over models separately
     Reference: Park et al. 2023, arXiv:2303.14186; without the per-model rescaling of the published code
     Note: unit_length scales every phi to length 1 first, which takes length and loss out of the score; it is for
-        output 'loss' only. Features for 'margin' are {name = "gradients", measure = "margin"}
+        output 'loss' only. Features for 'margin' are {name = "gradients", measure = "margin"}; weighted = false takes
+        R = 1, as the published code does. every = true averages over every mark of the scoring models' training too,
+        which costs as many features. `queries`: features of the target where they are other than the pool's; targets =
+        'each' gives a column for each target example
     """
 
     features: Featurizer = "gradients"  # type: ignore[assignment]
+    queries: Featurizer | None = None
+    targets: Targets = "mean"
     damping: NonNegative = 0.1
     unit_length: bool = True
     output: Literal["loss", "margin"] = "loss"
+    weighted: bool = True
+    every: bool = False
     losses: Scorer = "loss"  # type: ignore[assignment]
 
     cost: ClassVar[Cost] = "gradient"
     unit: ClassVar[str] = "arbitrary (Newton step of the linearised model)"
     measures_utility: ClassVar[bool] = True
 
-    def init(self, context: Context) -> Any:
+    def init(self, context: Context) -> _State:
+        from assay.numerics.trak import damped, gram, solved, whitener
+
         if self.output == "margin" and getattr(self.features, "measure", "margin") != "margin":
             raise InputError(
                 "trak: output = 'margin' needs gradients of the margin",
                 why=f"features are {self.features.spec()}",
                 fix='features = {name = "gradients", measure = "margin"}',
             )
-        members = context.members(self.features)
-        losses = context.members(self.losses) if self.output == "margin" else []
-        state = []
-        for k, member in enumerate(members):
-            table, weights = context.table(member), None
-            if losses:
+        members = context.members(self.features, self.every)
+        asked = context.members(self.queries or self.features, self.every)
+        losses = context.members(self.losses, self.every) if self.output == "margin" else []
+        slopes = []
+        for k, (own, other) in enumerate(zip(members, asked, strict=True)):
+            table, weights = context.table(own), None
+            if losses and self.weighted:
                 p = np.exp(context.table(losses[k % len(losses)]).values[:, 0])
                 weights = p * (1 - p)
-            gram = self._gram(table, weights)
-            mean = self._scale(context.target_table(member).values).astype(np.float64).mean(axis=0)
-            context.spent(2 * len(table) * len(gram) ** 2)
-            damped = gram + self.damping * np.trace(gram) / len(gram) * np.eye(len(gram))
-            state.append((member, _solve(damped, mean)))
-        return state, losses
+            matrix = gram(map(self._scale, table.shards()), len(table.columns), weights)
+            context.spent(2 * len(table) * len(matrix) ** 2)
+            rows = self._scale(context.target_table(other).values).astype(np.float64)
+            kept = rows if self.targets == "each" else rows.mean(axis=0, keepdims=True)
+            factor = whitener(self.name, damped(matrix, self.damping))
+            slopes.append((own, own.sense * other.sense * solved(factor, kept)))
+        for member in losses:
+            context.table(member)
+        return _State(target_columns(context, self.targets), slopes, losses)
+
+    def columns(self, state: _State) -> tuple[str, ...]:
+        return state.columns
 
     def _scale(self, phi: np.ndarray) -> np.ndarray:
         return unit_rows(phi)[0] if self.unit_length and self.output == "loss" else phi
 
-    def _gram(self, table: Table, weights: np.ndarray | None) -> np.ndarray:
-        """Phi^T R Phi, a shard at a time: in float32 blocks, summed in float64, so that long sums keep their digits."""
-        total, at = np.zeros((len(table.columns), len(table.columns))), 0
-        for shard in table.shards():
-            for start in range(0, len(shard), BLOCK):
-                block = self._scale(shard[start : start + BLOCK])
-                weighted = block
-                if weights is not None:
-                    weighted = block * weights[at : at + len(block), None].astype(block.dtype)
-                total += weighted.T @ block
-                at += len(block)
+    def score(self, state: _State, batch: Batch) -> Any:
+        parts = (self._scale(batch.table(m)).astype(np.float64) @ v.T for m, v in state.slopes)
+        total = sum(parts) / len(state.slopes)
+        if state.losses:
+            total = total * np.mean([1 - np.exp(batch.table(m)[:, :1]) for m in state.losses], axis=0)
         return total
-
-    def score(self, state: Any, batch: Batch) -> Any:
-        directions, losses = state
-        total = sum(self._scale(batch.table(m)).astype(np.float64) @ v for m, v in directions) / len(directions)
-        if losses:
-            total = total * np.mean([1 - np.exp(batch.table(m)[:, 0]) for m in losses], axis=0)
-        return total
-
-
-def _solve(matrix: np.ndarray, v: np.ndarray) -> np.ndarray:
-    try:
-        return np.linalg.solve(matrix, v)
-    except np.linalg.LinAlgError as error:
-        raise InputError(
-            "trak: the matrix of the pool's gradients is singular",
-            why="there are fewer examples than features, or all gradients are zero",
-            fix="set damping above 0; if it is, the model has learnt the pool by heart: train it less",
-        ) from error
