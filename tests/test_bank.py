@@ -87,15 +87,20 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
 @pytest.mark.parametrize("together", [True, False])
 def test_each_model_is_as_if_trained_alone(kind, protocol, measure, options, together, tmp_path, monkeypatch):
     task, pool, encoded, target = task_of(kind, tmp_path)
+    ways: set[str] = set()
     if not together:
         monkeypatch.setattr(bank, "FEWEST", 10**9)
     monkeypatch.setattr(bank, "AREA", 40)  # several micro-batches
     recipe = Recipe(**{**RECIPE.model_dump(), **options})
     masks = bank.subsets(pool.ids, 3, 0.5, 0)
+    for name in ("_together", "_alone"):
+        whole = getattr(bank, name)
+        monkeypatch.setattr(bank, name, lambda *a, n=name, f=whole: ways.add(n) or f(*a))
     got = bank.retrain(
         task, encoded, pool.ids, masks, recipe, seeds=(5, 2), targets={"a": target, "b": encoded}, measure=measure,
         protocol=protocol, dtype=D,
     )  # fmt: skip
+    assert ways == {"_together" if together else "_alone"}
     assert {name: v.shape for name, v in got.items()} == {"a": (3, 2, 5), "b": (3, 2, 26)}
     for k, mask in enumerate(masks):
         for r, seed in enumerate((5, 2)):

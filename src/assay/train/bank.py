@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.core.errors import InputError
 from assay.core.keys import digest, digest_ids, digest_sources, hash_ids, shuffled, write_bytes, write_json, write_text
@@ -36,8 +37,9 @@ MEASURES, PROTOCOLS = ("loss", "margin"), ("weights", "subset")
 # Most models of one chunk, and most weights of all its models together: larger chunks gain little, and two workers
 # should both have one.
 MODELS, WEIGHTS = 64, 1 << 23
-# Fewer models than this at once gain nothing over one after another.
-FEWEST = 8
+# Fewer models than this at once gain nothing over one after another; nor does a model whose own step has more
+# operations than this: it keeps a core busy by itself (LOG.md, 2026-11-24).
+FEWEST, STEP = 8, 2e8
 # Positions of one micro-batch, over all models of a chunk.
 AREA = 8192
 # Examples of equal length are kept as tensors, up to so many bytes of them.
@@ -172,6 +174,8 @@ class Bank:
     def together(self) -> int:
         """How many models train at once; 1 for those whose module cannot be mapped, or is too large to gain by it."""
         first = self.first(0)
+        if self.task.training_flops(np.asarray(self.encoded.sizes), self.recipe.terms_per_step) > STEP:
+            return 1
         fit = min(MODELS, WEIGHTS // max(1, sum(p.numel() for p in first.values())))
         return fit if fit >= FEWEST and _maps(self.task, first, self.encoded) else 1
 
@@ -257,7 +261,7 @@ def _maps(task: Task, params: Params, encoded: Encoded) -> bool:
     other = {n: p * 1.5 if p.is_floating_point() else p for n, p in params.items()}
     try:
         pair = {n: torch.stack([p, other[n]]) for n, p in params.items()}
-        with torch.no_grad():
+        with sdpa_kernel(SDPBackend.MATH):
             found = vmap(lambda own: task.terms(own, batch)[0])(pair)
             want = torch.stack([task.terms(own, batch)[0] for own in (params, other)])
     except Exception:  # whatever a module does that no transform can follow
@@ -290,6 +294,7 @@ def _alone(bank: Bank, chunk: Chunk) -> np.ndarray:
     return values
 
 
+@sdpa_kernel(SDPBackend.MATH)  # the one form of attention that maps over weights
 def _together(bank: Bank, chunk: Chunk) -> np.ndarray:
     """All models of a chunk at once, by the arithmetic of `loop.train` on stacked weights."""
     recipe, first, count = bank.run(chunk), bank.first(chunk.seed), len(chunk.rows)
@@ -392,10 +397,10 @@ def _clip(slopes: list[Tensor], limit: float) -> list[Tensor]:
     return [g * scale.view(-1, *[1] * (g.dim() - 1)) for g in slopes]
 
 
-@torch.no_grad()
 def _measured(bank: Bank, stacked: Params, *, alone: bool = False) -> np.ndarray:
     """`[m, q]` float64 of the models' measures on all targets, one set after the other; lower is better."""
     task, count = bank.task, len(next(iter(stacked.values())))
+    stacked = {n: p.detach() for n, p in stacked.items()}
 
     def measure(own: Params, batch: Inputs) -> Tensor:
         return task.measure(own, batch) if bank.measure == "loss" else -task.margin(own, batch)  # type: ignore[attr-defined]
