@@ -177,7 +177,7 @@ class Measurer:
         models: list[dict[str, Any]] | None = None, encodings: dict[str, Path] | None = None, key: str = "",
         workers: int = 1, batch: int = 64, shard: int = 1024, area: int = AREA, progress: Progress | None = None,
         source: list[str] | None = None, optimisers: list[dict[str, Any]] | None = None,
-        barred: np.ndarray | None = None, trajectories: list[list[Mark]] | None = None,
+        barred: np.ndarray | None = None, trajectories: list[list[Mark]] | None = None, recipe: Any = None,
     ) -> None:  # fmt: skip
         for what, part in (("pool", pool), ("target", target)):
             if not len(part):
@@ -190,7 +190,7 @@ class Measurer:
         alone = [[Mark(p, o)] for p, o in zip(self.models, self.optimisers, strict=True)]
         self.trajectories = trajectories or alone
         assert all(run[-1].params is model for run, model in zip(self.trajectories, self.models, strict=True))
-        self.barred = pool.ids[:0] if barred is None else barred
+        self.barred, self.recipe = pool.ids[:0] if barred is None else barred, recipe
         self.warnings: list[str] = []
         self.computed = 0
         """Rows that this object computed itself; the others were found made."""

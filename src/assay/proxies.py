@@ -28,6 +28,7 @@ def train_proxies(job: Job) -> None:
     assert task is not None
     wanted = any(uses_model(m) for m in job.methods.values())
     trajectories: list[list[Mark]] = []
+    recipe = None
     if wanted:
         # Rows that contain target items are kept from the scoring models too.
         rows = np.flatnonzero(~np.isin(job.pool.ids, job.hits.ids))
@@ -42,6 +43,7 @@ def train_proxies(job: Job) -> None:
         models=[run[-1].params for run in trajectories], optimisers=[run[-1].optimiser for run in trajectories],
         trajectories=trajectories, key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch,
         shard=study.shard, area=study.area, progress=job.progress, source=job.source, barred=job.hits.ids,
+        recipe=recipe,
     )  # fmt: skip
 
 

@@ -38,11 +38,13 @@ VECTORS = {
     "influence": "the Gauss-Newton matrix needs the task's logits, and the solvers are for a few thousand weights",
     "self_influence": "as influence",
     "column": "a text is no vector",
+    "datamodel": "hundreds of trainings are a matter of a second for a few weights alone",
 }
 # Options of methods that the worlds below cannot serve at their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "trackstar": {"features": "gradients"},  # these models have no second moments
     "tuned": {"grid": {"damping": [0.1, 1.0]}, "groups": 4, "steps": 2},  # quick
+    "datamodel": {"subsets": 150, "recipe": {"steps": 12, "terms_per_step": 16, "lr": 0.1, "optimiser": "sgd"}},
 }
 # Methods whose numbers are known to fewer digits than 1e-5 of the largest, and why.
 DIGITS = {

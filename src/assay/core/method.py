@@ -19,6 +19,7 @@ import pydantic
 from assay.core.errors import InputError, nearest
 from assay.core.keys import digest_sources
 from assay.core.pool import Pool
+from assay.core.progress import Progress
 from assay.core.selection import Budget, Selection
 from assay.core.table import Table
 
@@ -78,7 +79,12 @@ class Context(Protocol):
     unknown history has one mark of one step at rate 1."""
     barred: np.ndarray
     """Ids of the pool that contain target items: no model that scores may train on them."""
+    recipe: Any
+    """The `Recipe` of the scoring models; None where it is not known."""
     seed: int
+    workers: int
+    """How many processes a method may use in `init`."""
+    progress: Progress
 
     @property
     def folder(self) -> Path:
