@@ -152,7 +152,7 @@ def test_influence_is_the_dense_formula(
     """For logistic regression the Gauss-Newton matrix is the Hessian."""
     spec = {"name": "influence", "solver": solver, "curvature": curvature, "damping": damping, "weight_decay": DECAY}
     found = three.scores(tmp_path, {**spec, "tolerance": 1e-10}, [three.params(best)])
-    near(found, dense(three, best, damping=damping, estimated=solver == "cg"), 1e-7)
+    near(found, dense(three, best, damping=damping, estimated=(solver, curvature) == ("cg", "hessian")), 1e-7)
 
 
 EXACT = {"name": "influence", "solver": "exact", "damping": 0.0, "weight_decay": DECAY}
@@ -217,7 +217,7 @@ def test_influence_says_when_it_cannot(three: World, best: Tensor, tmp_path: Pat
     with pytest.raises(InputError, match="not positive definite"):
         three.scores(tmp_path / "a", {"name": "influence", "solver": "exact", "damping": 0.0}, [three.params(best)])
     measurer = three.measurer(tmp_path / "b", [three.params(best)])
-    measurer.table(make(Scorer, {**EXACT, "solver": "cg", "limit": 2}))
+    measurer.table(make(Scorer, {**EXACT, "solver": "cg", "limit": 2, "precondition": "none"}))
     assert any("CG stopped at residual" in w for w in measurer.warnings)
 
 

@@ -1,4 +1,4 @@
-"""Influence and its solvers against ridge and logistic regression in closed form, and curvature against dense truth."""
+"""The solvers of influence functions against ridge and logistic regression in closed form."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.func import functional_call, jacrev
 from assay.core.errors import InputError
 from assay.numerics.curvature import curvature, exact_gradients
 from assay.numerics.operator import Curvature, flat, unflat
-from assay.numerics.solve import cg, exact, relative_damping
+from assay.numerics.solve import Solution, arnoldi, cg, exact, lanczos, lissa, power, relative_damping, subspace
 from assay.train.models import Classifier
-from helpers import classifier, language, text_pool, vector_pool, wide
+from helpers import classifier, vector_pool, wide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,14 +50,21 @@ def operator(count: int = 1, batches: int = 1, decay: float = DECAY) -> Curvatur
 
 
 Solver = Callable[[Tensor], Tensor]
+SOLVERS = ["exact", "cg", "lissa", "arnoldi"]
 
 
-@pytest.fixture(params=["exact", "cg"])
+def solved(name: str, held: Curvature, v: Tensor, damping: float = 0.0, tolerance: float = 1e-12) -> Solution:
+    if name == "exact":
+        return exact(held.dense(), v, damping=damping)
+    if name == "arnoldi":
+        return arnoldi(held.product, v, damping=damping)
+    return {"cg": cg, "lissa": lissa}[name](held.product, v, damping=damping, tolerance=tolerance)
+
+
+@pytest.fixture(params=SOLVERS)
 def solve(request) -> Solver:
     held = operator()
-    if request.param == "exact":
-        return lambda v: exact(held.dense(), v).x
-    return lambda v: cg(held.product, v, tolerance=1e-12).x
+    return lambda v: solved(request.param, held, v).x
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-9) -> None:
@@ -100,18 +107,145 @@ def test_sum_rule_of_ridge(solve):
     x, y, _, theta = ridge()
     grads = -(y - x @ theta)[:, None] * x
     close(grads.sum(dim=0), -DECAY * theta)
-    responses = torch.stack([-solve(g) for g in grads]).sum(dim=0)
+    responses = -solve(grads.T.contiguous()).sum(dim=1)
     close(responses, DECAY * solve(theta))
 
 
-def test_cg_equals_exact():
+@pytest.mark.parametrize("batches", [1, 4])
+@pytest.mark.parametrize("damping", [0.0, 0.1, 10.0])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_all_solvers_are_the_explicit_inverse(name, damping, batches):
+    """To the damping that they report, for one vector or several, and for one or four batches of the loader."""
+    v = torch.randn(P, 3, generator=torch.Generator().manual_seed(3), dtype=D)
+    damped = operator().dense() + damping * torch.eye(P, dtype=D)
+    found = solved(name, operator(batches=batches), v, damping, 1e-9)
+    close(found.x, torch.linalg.inv(damped) @ v, 1e-7)
+    assert found.damping == damping and found.residual < 1e-8
+    single = solved(name, operator(batches=batches), v[:, 1], damping, 1e-9)
+    assert single.x.shape == (P,)
+    close(single.x, found.x[:, 1], 1e-7)
+    assert name != "cg" or found.iterations <= P + 1
+
+
+def test_lissa_is_damped_by_what_it_says():
+    """The fixed point of x <- v + (1 - d) x - H x / s, x / s in the end, is (H + d s I)^-1 v, not (H + d I)^-1 v."""
     v = torch.randn(P, generator=torch.Generator().manual_seed(3), dtype=D)
+    matrix, eye = operator().dense(), torch.eye(P, dtype=D)
+    d, s = 0.25, 3.0 * float(torch.linalg.eigvalsh(matrix)[-1])
+    x = torch.zeros_like(v)
+    for _ in range(2000):
+        x = v + (1 - d) * x - matrix @ x / s
+    close(x / s, torch.linalg.solve(matrix + d * s * eye, v))
+    close(lissa(operator().product, v, damping=d * s, tolerance=1e-13).x, x / s)
+    assert float((torch.linalg.solve(matrix + d * eye, v) - x / s).norm() / (x / s).norm()) > 0.5
+
+
+def test_lissa_of_minibatches_settles_on_the_same_point():
+    x, y, _, theta = ridge()
+    v = torch.randn(P, 2, generator=torch.Generator().manual_seed(3), dtype=D)
+    want = exact(operator(count=N).dense(), v, damping=0.5).x
+
+    def sampled(step: int, u: Tensor) -> Tensor:
+        rows = torch.randint(N, (10,), generator=torch.Generator().manual_seed(step))
+        return x[rows].T @ (x[rows] @ u) / 10 + DECAY * u
+
+    errors = []
+    for limit in (200, 3200):
+        found = lissa(operator(count=N).product, v, damping=0.5, limit=limit, sampled=sampled)
+        assert found.iterations == limit
+        errors.append(float((found.x - want).norm() / want.norm()))
+    assert errors[1] < 0.02 and errors[1] < errors[0] / 2, f"the mean of the iterates does not converge: {errors}"
+
+
+def test_power_iteration_finds_the_largest_eigenvalue():
+    top = float(torch.linalg.eigvalsh(operator().dense())[-1])
+    assert 0.97 * top < power(operator().product, P) <= top * (1 + 1e-12)
+
+
+def test_arnoldi_of_few_eigenvalues():
+    """damping = 0: the pseudo-inverse of the top of the spectrum. damping > 0: H is taken for zero on the rest."""
+    matrix, rank = operator().dense(), 3
+    v = torch.randn(P, 2, generator=torch.Generator().manual_seed(3), dtype=D)
+    values, vectors = torch.linalg.eigh(matrix)
+    top, u = values[-rank:], vectors[:, -rank:]
+    found = arnoldi(operator().product, v, rank=rank)
+    close(found.x, u @ torch.diag(1 / top) @ u.T @ v)
+    outside = (v - u @ u.T @ v).norm(dim=0) / v.norm(dim=0)
+    assert found.residual == pytest.approx(float(outside.max()), rel=1e-9)
+    kept = u @ torch.diag(top) @ u.T + 0.4 * torch.eye(P, dtype=D)
+    close(arnoldi(operator().product, v, rank=rank, damping=0.4).x, torch.linalg.solve(kept, v))
+
+
+def test_arnoldi_of_few_products_is_the_projected_problem():
     matrix = operator().dense()
-    for damping in (0.0, 0.1, 10.0):
-        a, b = exact(matrix, v, damping=damping), cg(operator().product, v, damping=damping, tolerance=1e-8)
-        close(b.x, a.x, 1e-6)
-        close(a.x, torch.linalg.solve(matrix + damping * torch.eye(P, dtype=D), v))
-        assert a.damping == b.damping == damping and b.iterations <= P + 1
+    v = torch.randn(P, generator=torch.Generator().manual_seed(3), dtype=D)
+    q, t = lanczos(operator().product, P, 4)
+    close(q.T @ q, torch.eye(4, dtype=D))
+    close(t, q.T @ matrix @ q, 1e-11)
+    want = q @ torch.linalg.solve(t + 0.4 * torch.eye(4, dtype=D), q.T @ v) + (v - q @ q.T @ v) / 0.4
+    close(arnoldi(operator().product, v, damping=0.4, limit=4).x, want)
+
+
+def test_arnoldi_finds_eigenvalues_that_repeat():
+    """A start vector sees one direction of each eigenspace; the others come when the space closes."""
+    q = torch.linalg.qr(torch.randn(P, P, generator=torch.Generator().manual_seed(2), dtype=D))[0]
+    matrix = q @ torch.diag(torch.tensor([2.0, 2, 2, 5, 5, 7], dtype=D)) @ q.T
+    v = torch.randn(P, generator=torch.Generator().manual_seed(3), dtype=D)
+    close(arnoldi(lambda d: matrix @ d, v).x, torch.linalg.solve(matrix, v))
+
+
+def test_preconditioning_changes_the_path_and_not_the_answer():
+    """With the inverse itself one product is enough; with the diagonal of a badly scaled matrix, few are."""
+    rng = torch.Generator().manual_seed(5)
+    size = 60
+    a = torch.randn(size, size, generator=rng, dtype=D) / size
+    scales = torch.logspace(-2, 2, size, dtype=D)
+    matrix = scales[:, None] * (torch.eye(size, dtype=D) + a @ a.T) * scales
+    v = torch.randn(size, 4, generator=rng, dtype=D)
+    want = torch.linalg.solve(matrix, v)
+    plain = cg(lambda d: matrix @ d, v, tolerance=1e-10, limit=2000)
+    scaled = cg(lambda d: matrix @ d, v, tolerance=1e-10, precondition=lambda r: r / matrix.diagonal()[:, None])
+    whole = cg(lambda d: matrix @ d, v, tolerance=1e-10, precondition=lambda r: torch.linalg.solve(matrix, r))
+    close(scaled.x, want, 1e-6)
+    close(whole.x, want, 1e-6)
+    assert whole.iterations <= 2 and scaled.iterations < 30 < plain.iterations
+
+
+def test_a_subspace_takes_the_top_of_the_spectrum_out():
+    """A random block of as many columns as there are large eigenvalues, and a few: CG then sees the others only."""
+    size, large = 80, 20
+    q = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(5), dtype=D))[0]
+    values = torch.cat([torch.logspace(2, 5, large, dtype=D), torch.linspace(0, 1, size - large, dtype=D)])
+    matrix = q @ torch.diag(values) @ q.T
+    v = torch.randn(size, 3, generator=torch.Generator().manual_seed(6), dtype=D)
+    want = torch.linalg.solve(matrix + 0.5 * torch.eye(size, dtype=D), v)
+    counts = []
+    for rank in (0, large + 5, size):
+        ease = subspace(lambda d: matrix @ d, size, rank, 0.5) if rank else None
+        found = cg(lambda d: matrix @ d, v, damping=0.5, tolerance=1e-10, precondition=ease)
+        close(found.x, want, 1e-7)
+        counts.append(found.iterations)
+    assert counts[2] <= 2 and counts[1] < 25 < 50 < counts[0], counts
+    with pytest.raises(InputError, match="negative curvature"):
+        subspace(lambda d: -matrix @ d, size, 5, 0.5)
+
+
+def test_columns_of_cg_stop_each_for_itself():
+    """Solved together or alone, the same numbers; products are only made of columns that still need them."""
+    seen: list[int] = []
+    matrix = operator().dense()
+    top = torch.linalg.eigh(matrix)[1][:, -1]
+    v = torch.stack([top, torch.randn(P, generator=torch.Generator().manual_seed(3), dtype=D), 0 * top], dim=1)
+
+    def product(d: Tensor) -> Tensor:
+        seen.append(d.shape[1])
+        return matrix @ d
+
+    found = cg(product, v, tolerance=1e-9)
+    assert seen[0] == 2 and seen[1] == 1 and seen[-1] == 3, f"columns of the products: {seen}"
+    assert found.x[:, 2].abs().max() == 0
+    for j in (0, 1):
+        close(found.x[:, j], cg(product, v[:, j], tolerance=1e-9).x, 1e-12)
 
 
 def test_batches_do_not_matter():
@@ -131,13 +265,12 @@ def test_linear_and_symmetric(solve):
     assert abs(float(u @ solve(v) - solve(u) @ v)) < 1e-10
 
 
-@pytest.mark.parametrize("solver", ["exact", "cg"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_large_damping_gives_graddot(solver):
     rng = torch.Generator().manual_seed(4)
     u, v = torch.randn(2, P, generator=rng, dtype=D)
     for damping, tolerance in ((1e6, 1e-3), (1e9, 1e-6)):
-        got = exact(operator().dense(), v, damping=damping).x if solver == "exact" else None
-        got = cg(operator().product, v, damping=damping, tolerance=1e-12).x if got is None else got
+        got = solved(solver, operator(), v, damping).x
         assert float(damping * u @ got) == pytest.approx(float(u @ v), rel=tolerance)
 
 
@@ -188,65 +321,23 @@ def test_indefinite_matrices_are_refused(least):
     if least < 0:
         with pytest.raises(InputError, match="negative curvature"):
             cg(lambda d: matrix @ d, torch.ones(P, dtype=D))
+        with pytest.raises(InputError, match="LiSSA diverges"):
+            lissa(lambda d: matrix @ d, torch.ones(P, dtype=D))
+        with pytest.raises(InputError, match="eigenvalue -0.5 in the Krylov space"):
+            arnoldi(lambda d: matrix @ d, torch.ones(P, dtype=D))
     assert exact(matrix, torch.ones(P, dtype=D), damping=1.0).residual < 1e-12
     assert cg(lambda d: matrix @ d, torch.ones(P, dtype=D), damping=1.0, tolerance=1e-9).residual < 1e-8
 
 
 def test_solves_of_numbers_that_are_not_finite_are_refused():
-    broken = torch.full((P, P), float("nan"), dtype=D)
+    broken, ones = torch.full((P, P), float("nan"), dtype=D), torch.ones(P, dtype=D)
     with pytest.raises(InputError, match="finite"):
-        exact(broken, torch.ones(P, dtype=D))
-    with pytest.raises(InputError, match="finite"):
-        cg(lambda d: broken @ d, torch.ones(P, dtype=D))
-
-
-def dense_truth(task: Classifier, params: dict[str, Tensor], inputs, kind: str) -> Tensor:
-    """(1/N) sum_i of the Hessian, or of J^T (diag p - p p^T) J, by torch.func on one flat vector."""
-    outputs = lambda v: task.logits(unflat(v, params), inputs)  # noqa: E731
-    count = len(inputs["y"])
-    if kind == "hessian":
-        loss = lambda v: F.cross_entropy(outputs(v), inputs["y"], reduction="sum") / count  # noqa: E731
-        return torch.as_tensor(jacrev(jacrev(loss))(flat(params)))
-    j_ncp, p_nc = torch.as_tensor(jacrev(outputs)(flat(params))), outputs(flat(params)).softmax(dim=1)
-    b_ncc = torch.diag_embed(p_nc) - p_nc[:, :, None] * p_nc[:, None, :]
-    return torch.einsum("ncp,ncd,ndq->pq", j_ncp, b_ncc, j_ncp) / count
-
-
-@pytest.mark.parametrize("hidden", [(), (4,)])
-@pytest.mark.parametrize("kind", ["hessian", "ggn"])
-@pytest.mark.parametrize("batches", [1, 3])
-def test_curvature_equals_dense(tmp_path, hidden, kind, batches):
-    task, encoded = classifier(vector_pool(13), tmp_path, hidden=hidden)
-    params, parts = wide(task), np.array_split(np.arange(13), batches)
-    held = curvature(task, params, lambda: (encoded.inputs(rows) for rows in parts), 13, kind=kind)
-    got, want = held.dense(), dense_truth(task, params, encoded.inputs(np.arange(13)), kind)
-    assert float((got - want).abs().max()) < 1e-12, float((got - want).abs().max())
-    v = torch.randn(held.size, generator=torch.Generator().manual_seed(0), dtype=D)
-    close(held.product(v), want @ v, 1e-11)
-    held.decay = 0.25
-    close(held.product(v), want @ v + 0.25 * v, 1e-11)
-    least = float(torch.linalg.eigvalsh(got)[0])
-    assert kind == "hessian" or least > -1e-12, f"a Gauss-Newton matrix with eigenvalue {least:.1e}"
-    if kind == "ggn" and not hidden:
-        close(got, dense_truth(task, params, encoded.inputs(np.arange(13)), "hessian"), 1e-11)
-    if kind == "hessian" and hidden:
-        assert least < -1e-6, "this model's Hessian should be indefinite, or the test shows nothing"
-
-
-def test_hessian_of_the_decoder_equals_dense(tmp_path):
-    pool = text_pool(3)
-    task, encoded = language(pool, tmp_path, width=2, heads=1, layers=1, context=6)
-    params, inputs = wide(task), encoded.inputs(np.arange(3))
-    held = curvature(task, params, lambda: [inputs], 3, kind="hessian")
-    rng = torch.Generator().manual_seed(0)
-    v = torch.randn(held.size, generator=rng, dtype=D)
-    value = lambda t: torch.autograd.grad(  # noqa: E731
-        task.loss((p := unflat((flat(params) + t * v).requires_grad_(), params)), inputs).mean(), list(p.values())
-    )
-    slope = lambda t: torch.cat([g.reshape(-1) for g in value(t)])  # noqa: E731
-    close(held.product(v), (slope(1e-6) - slope(-1e-6)) / 2e-6, 1e-6)
-    with pytest.raises(InputError, match="Gauss-Newton"):
-        curvature(task, params, lambda: [inputs], 3, kind="ggn")
+        exact(broken, ones)
+    for solver in (cg, lissa, arnoldi):
+        with pytest.raises(InputError, match="finite"):
+            solver(lambda d: broken @ d, ones)
+        with pytest.raises(InputError, match="finite"):
+            solver(lambda d: d, ones * float("inf"))
 
 
 def newton(task: Classifier, params: dict[str, Tensor], inputs, weights: Tensor, decay: float) -> dict[str, Tensor]:

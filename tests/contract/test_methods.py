@@ -35,8 +35,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Methods that cannot run on the language model, and why; all others are tested on text.
 VECTORS = {
-    "influence": "the Gauss-Newton matrix needs the task's logits, and the solvers are for a few thousand weights",
-    "self_influence": "as influence",
+    "influence": "hundreds of products over the pool take long where the rows of the curvature are no outer products",
+    "self_influence": "it factorises the curvature, so it is for a few thousand weights",
+    "relatif": "it holds the two above",
     "column": "a text is no vector",
     "datamodel": "hundreds of trainings are a matter of a second for a few weights alone",
 }

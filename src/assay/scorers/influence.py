@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from assay.core.method import Batch, Context, Cost, Count, NonNegative, Positive, Scorer
+from assay.core.errors import InputError
+from assay.core.method import Batch, Context, Cost, Count, NonNegative, Positive, Scorer, Targets, target_columns
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from assay.numerics.operator import Operator
+    from assay.numerics.solve import Solution
+
+# Parameters up to which the curvature is made as a matrix: 3 GB in float64.
+LARGEST = 20_000
+# A residual that is called poor: so many times the tolerance, or, of a subspace that has none, this.
+SHORT, POOR = 100, 0.1
+
+
+@dataclass(frozen=True)
+class _State:
+    task: Any
+    columns: tuple[str, ...]
+    names: tuple[str, ...]
+    models: list[tuple[dict[str, Tensor], Tensor]]
+    """Parameters, and the directions `[p, c]`: (1/N) (H + damping)^-1 grad f."""
 
 
 class Influence(Scorer):
@@ -15,66 +37,153 @@ class Influence(Scorer):
     Formula: s_i = (1/N) grad f^T (H + damping tr(H)/p I)^-1 grad loss_i, f = mean target loss,
         H = (1/N) sum_j d2 loss_j + weight_decay I
     Reference: Koh & Liang 2017, arXiv:1703.04730; damping relative to the mean eigenvalue as in Grosse et al. 2023,
-        arXiv:2308.03296
-    Note: for models of a few thousand weights; 'exact' factorises H, 'cg' solves by products and estimates tr(H) from
-        16 of them; averaged over the scoring models
+        arXiv:2308.03296; lissa Agarwal et al. 2017, arXiv:1602.03943; arnoldi Schioppa et al. 2022, arXiv:2112.03052
+    Note: every solver sums over the whole pool in each product and reports its residual. 'exact' factorises H, up to
+        20,000 weights; 'cg' solves by products, with precondition = 'subspace' after 2 x rank of them that find the
+        largest eigenvalues (a good rank is the number of columns); 'lissa' sums the Neumann series, its scale found by
+        power iteration, in full batches or in keyed minibatches of so many examples; 'arnoldi' keeps the top `rank`
+        eigenvalues of `limit` products and takes the rest of H for zero (damping = 0: leaves the rest out). curvature
+        'ggn' drops the model's own bend; 'fisher' is made from labels drawn from the model, 'empirical' from the given
+        ones. measure = 'margin' takes f = -margin, for classifiers; targets = 'each' gives a column for each target
+        example; layers = 'linear' holds all others fixed. tr(H) is exact where H's rows fit into memory, else
+        estimated from 16 products. Averaged over the scoring models
     """
 
-    solver: Literal["exact", "cg"] = "cg"
-    curvature: Literal["hessian", "ggn"] = "ggn"
+    solver: Literal["exact", "cg", "lissa", "arnoldi"] = "cg"
+    curvature: Literal["hessian", "ggn", "fisher", "empirical"] = "ggn"
+    targets: Targets = "mean"
+    measure: Literal["loss", "margin"] = "loss"
+    layers: Literal["all", "linear"] = "all"
     damping: NonNegative = 0.01
     weight_decay: NonNegative = 0.0
     tolerance: Positive = 1e-6
-    limit: Count = 500
+    limit: Count = 1000
+    rank: Count = 100
+    precondition: Literal["none", "subspace"] = "subspace"
+    minibatch: int = 0
+    seed: int = 0
+    precision: Literal["float64", "float32"] = "float64"
 
     cost: ClassVar[Cost] = "gradient"
     unit: ClassVar[str] = "nats per term and unit weight"
     measures_utility: ClassVar[bool] = True
 
-    def init(self, context: Context) -> Any:
-        return context.task, [(params, self._direction(context, params)) for params in context.models]
-
-    def _direction(self, context: Context, params: Any) -> Any:
-        """(1/N) (H + damping)^-1 grad f, `[p]` float64."""
+    def init(self, context: Context) -> _State:
         import torch
 
-        from assay.numerics.curvature import curvature, exact_gradients
-        from assay.numerics.solve import cg, exact, relative_damping
+        from assay.numerics.curvature import parameters
 
-        wide = {n: p.double() for n, p in params.items()}
-        inputs = lambda pool: (batch.inputs for batch in context.batches(pool))  # noqa: E731
-        slopes = [exact_gradients(context.task, wide, i).sum(dim=0) for i in inputs(context.target)]
-        slope = torch.stack(slopes).sum(dim=0) / len(context.target)
-        operator = curvature(context.task, wide, lambda: inputs(context.pool), len(context.pool), kind=self.curvature)
-        operator.decay = self.weight_decay
-        forward = context.task.forward_flops(context.encoded(context.pool).sizes)
-        if self.solver == "exact":
-            matrix = operator.dense()
-            context.spent(operator.flops(forward) + operator.size**3 / 3)
-            damping = relative_damping(self.damping, float(matrix.trace()), operator.size)
-            return exact(matrix, slope, damping=damping).x / len(context.pool)
-        damping = relative_damping(self.damping, _trace(operator), operator.size)
-        solution = cg(operator.product, slope, damping=damping, tolerance=self.tolerance, limit=self.limit)
-        context.spent(operator.flops(forward))
-        if solution.residual > 100 * self.tolerance:
+        if self.minibatch < 0 or (self.minibatch and self.solver != "lissa"):
+            raise InputError(
+                f"influence: minibatch = {self.minibatch} has no effect", why=f"solver is {self.solver!r}",
+                fix="leave it out; for solver = 'lissa' it is a number of examples",
+            )  # fmt: skip
+        names = tuple(parameters(context.task, context.models[0], self.layers))
+        models = []
+        for params in context.models:
+            held = {n: p.to(getattr(torch, self.precision)) for n, p in params.items()}
+            models.append((held, self._directions(context, held, names) / len(context.pool)))
+        return _State(context.task, target_columns(context, self.targets), names, models)
+
+    def columns(self, state: _State) -> tuple[str, ...]:
+        return state.columns
+
+    def _directions(self, context: Context, params: Any, names: tuple[str, ...]) -> Tensor:
+        """(H + damping)^-1 grad f, `[p, c]`."""
+        from assay.numerics.curvature import reading, slopes
+
+        f, inputs = reading(context.task, self.measure), (batch.inputs for batch in context.batches(context.target))
+        v = slopes(context.task, params, inputs, f, names, each=self.targets == "each")
+        solution = self._solved(context, params, names, v)
+        poor = POOR if self.solver == "arnoldi" else SHORT * self.tolerance
+        said = f"{solution.iterations} products, residual {solution.residual:.1e}, damping {solution.damping:.3g}"
+        if not solution.residual <= poor:
+            called = {"cg": "CG", "lissa": "LiSSA"}.get(self.solver, self.solver)
             context.warn(
-                f"influence: CG stopped at residual {solution.residual:.1e} after {solution.iterations} products"
+                f"influence: {called} stopped at residual {solution.residual:.1e} after {solution.iterations} products"
             )
-        return solution.x / len(context.pool)
+        context.note(
+            f"influence: solve by {self.solver}", said, residual=solution.residual, products=solution.iterations,
+            damping=solution.damping,
+        )  # fmt: skip
+        return solution.x
 
-    def score(self, state: Any, batch: Batch) -> Any:
-        from assay.numerics.curvature import exact_gradients
+    def _solved(self, context: Context, params: Any, names: tuple[str, ...], v: Tensor) -> Solution:
+        from assay.numerics import solve
 
-        task, models = state
-        dots = [
-            exact_gradients(task, {n: p.double() for n, p in params.items()}, batch.inputs) @ v for params, v in models
-        ]
-        return np.mean([d.numpy() for d in dots], axis=0)
+        operator = self._operator(context, params, names)
+        operator.decay = self.weight_decay
+        if self.solver == "exact":
+            if operator.size > LARGEST:
+                raise InputError(
+                    f"influence: the curvature of {operator.size} weights is too large to factorise",
+                    why=f"'exact' is for up to {LARGEST}", fix="solver = 'cg', or layers = 'linear'",
+                )  # fmt: skip
+            matrix = operator.dense()
+            damping = solve.relative_damping(self.damping, float(matrix.trace()), operator.size)
+            context.spent(operator.size**3 / 3 + 4 * operator.size**2 * v.shape[1])
+            solution = solve.exact(matrix, v, damping=damping)
+        else:
+            damping = solve.relative_damping(self.damping, operator.trace(), operator.size)
+            how: dict[str, Any] = {"damping": damping, "limit": self.limit}
+            if self.solver == "cg":
+                solution = solve.cg(
+                    operator.product, v, tolerance=self.tolerance, precondition=self._eased(operator, damping), **how
+                )
+            elif self.solver == "lissa":
+                sampled = self._sampled(context, params, names) if self.minibatch else None
+                solution = solve.lissa(operator.product, v, tolerance=self.tolerance, sampled=sampled, **how)
+            else:
+                solution = solve.arnoldi(operator.product, v, rank=self.rank, **how)
+        context.spent(operator.flops(context.task.forward_flops(context.encoded(context.pool).sizes)))
+        return solution
 
+    def _eased(self, operator: Operator, damping: float) -> Any:
+        """The preconditioner of CG, or None."""
+        from assay.numerics.operator import flat
+        from assay.numerics.solve import subspace
 
-def _trace(operator: Any, probes: int = 16) -> float:
-    """Hutchinson's estimate of tr(H) with keyed signs: E z^T H z, relative error about sqrt(2 / probes / rank)."""
-    from assay.numerics.project import rademacher
+        if self.precondition == "none":
+            return None
+        dtype = flat(operator.params).dtype
+        return subspace(operator.product, operator.size, min(self.rank, operator.size), damping, dtype=dtype)
 
-    signs = rademacher(probes, operator.size, seed=0, label="trace").double() * probes**0.5
-    return float(sum(z @ operator.product(z) for z in signs) / probes)
+    def _operator(self, context: Context, params: Any, names: tuple[str, ...]) -> Operator:
+        from assay.core.keys import hash_ids
+        from assay.numerics.curvature import curvature
+
+        pool = context.pool
+        return curvature(
+            context.task, params, lambda: (b.inputs for b in context.batches(pool)), len(pool), kind=self.curvature,
+            only=names, keys=lambda: (hash_ids(b.ids) for b in context.batches(pool)), seed=self.seed,
+        )  # fmt: skip
+
+    def _sampled(self, context: Context, params: Any, names: tuple[str, ...]) -> Any:
+        """Products of minibatches drawn with replacement, keyed by the step and by ids, whatever the pool's order."""
+        from assay.core.keys import hash_ids, shuffled
+        from assay.numerics.curvature import curvature
+        from assay.numerics.project import splitmix64
+
+        pool, encoded, size = context.pool, context.encoded(context.pool), self.minibatch
+        forward = context.task.forward_flops(encoded.sizes) / len(pool) * size
+        order = shuffled(pool.ids, "lissa", self.seed)
+
+        def product(step: int, x: Tensor) -> Tensor:
+            drawn = splitmix64(np.arange(step * size, (step + 1) * size, dtype=np.uint64))
+            rows = order[(drawn % np.uint64(len(pool))).astype(np.int64)]
+            operator = curvature(
+                context.task, params, lambda: [encoded.inputs(rows)], size, kind=self.curvature, only=names,
+                keys=lambda: [hash_ids(pool.ids[rows])], seed=self.seed, cache=0,
+            )  # fmt: skip
+            operator.decay = self.weight_decay
+            found = operator.product(x)
+            context.spent(operator.flops(forward))
+            return found
+
+        return product
+
+    def score(self, state: _State, batch: Batch) -> Any:
+        from assay.numerics.curvature import dots
+
+        found = [dots(state.task, params, batch.inputs, x, state.names).numpy() for params, x in state.models]
+        return np.mean(found, axis=0, dtype=np.float64)

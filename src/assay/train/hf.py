@@ -312,6 +312,12 @@ class CausalLM(_Pretrained):
         nll = with_params(self.module, params, self._nll, batch)
         return nll, batch["mask"].to(nll.dtype)
 
+    def logits(self, params: Params, batch: Inputs) -> Tensor:
+        """`[b, t, vocab]`, float32 or wider."""
+        form = self._built[1]
+        z = with_params(self.module, params, lambda module: core_of(module)(**_inputs(batch, form)).logits)
+        return z if z.dtype == torch.float64 else z.float()
+
     def _nll(self, module: nn.Module, batch: Inputs) -> Tensor:
         model, form = core_of(module), self._built[1]
         if form.readout is not None:

@@ -209,6 +209,10 @@ class LanguageModel(Task):
         nll = functional_call(self.module, dict(params), (batch["tokens"], batch["targets"]))
         return nll, batch["mask"].to(nll.dtype)
 
+    def logits(self, params: Params, batch: Inputs) -> Tensor:
+        """`[b, t, vocab]`."""
+        return functional_call(self.module, dict(params), (batch["tokens"],))
+
     def hidden(self, params: Params, batch: Inputs) -> Tensor:
         """Final hidden states, `[b, t, width]`."""
         return with_params(self.module, params, Decoder.hidden, batch["tokens"])
