@@ -31,6 +31,7 @@ from assay.measure import Measurer
 from assay.proxies import train_proxies
 from assay.study import Study
 from assay.summary import summarise
+from assay.tasks import MODELLING, build_task
 
 if TYPE_CHECKING:
     from assay.core.task import Task
@@ -134,13 +135,8 @@ def _ingested(job: Job, what: str) -> tuple[Pool, dict[str, Any]]:
     """The pool of the study's pool or target, and what was set aside: the user is told how many rows and why."""
     spec = job.study.pool if what == "pool" else job.study.target
     assert spec.path is not None
-    columns: dict[str, Any] = {"text": spec.text, "id": spec.id, "max_chars": spec.max_chars}
-    if what == "pool":
-        columns |= {"image": job.study.pool.image, "domain": job.study.pool.domain, "keep": job.study.pool.keep}
-    elif job.study.target.group:
-        columns |= {"keep": (job.study.target.group,)}
     key = spec.model_dump(mode="json", exclude={"path", "sample", "truth"})
-    source = readers.Source(paths=spec.path, **columns)
+    source = readers.Source(paths=spec.path, **job.study.columns(what))
     step, quarantined, told = read_step(job.run, source, what=what, max_bad=spec.max_bad, key=key)
     if told:
         job.warn(told)
@@ -211,33 +207,6 @@ def check_contamination(job: Job) -> None:
             why="nothing is left to judge on", fix="hold the target out of the pool, or give more target examples",
         )  # fmt: skip
     job.progress.advance()
-    job.progress.end()
-
-
-def build_task(job: Job) -> None:
-    """Train the tokenizer on the pool and encode pool and target for the model."""
-    spec, pool = job.study.task, job.pool
-    job.progress.begin("encode", 4, "tokenise")
-    if spec.kind != "text":
-        job.task = spec.classifier()
-    else:
-        from assay.train.models import LanguageModel, train_tokenizer
-
-        key = pool.fingerprint, spec.vocab, job.study.seed
-
-        def build(part: Path, _: Ledger) -> None:
-            (part / "tokenizer.json").write_text(train_tokenizer(pool, vocab=spec.vocab, seed=job.study.seed))
-
-        text = (job.run.step("tokenizer", key, build, label="train tokenizer") / "tokenizer.json").read_text()
-        shape = {"width": spec.width, "layers": spec.layers, "heads": spec.heads, "context": spec.context}
-        job.task = LanguageModel(tokenizer=text, vocab=spec.vocab, **shape)
-    job.progress.advance()
-    task = job.task
-    for part_pool in (pool, job.target.selecting, job.target.judging):
-        key = task.describe(), part_pool.fingerprint
-        step = job.run.step("encode", key, lambda part, _, p=part_pool: task.prepare(p, part), label="tokenise")
-        job.encodings[part_pool.fingerprint] = step
-        job.progress.advance()
     job.progress.end()
 
 
@@ -318,6 +287,8 @@ def run_study(
     bytes, but for clocks and memory.
     """
     progress = progress or Progress()
+    if study.task.kind == "causal":
+        local.warm(*MODELLING)
     run = Run.open(out, study.spec(), replace=replace, command=command)
     job = Job(study, run, workers or local.default_workers(), progress, command)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -258,6 +258,17 @@ class Measurer:
             pool, rows = pool.at(rows), np.arange(len(rows))
             self.encoded(pool)
         return Rows(self._work(self._stack[-1].method, None, pool), rows)
+
+    def kept(self, what: str, key: Any, build: Callable[[Path], None], *, flops: float = 0.0) -> Path:
+        def filled(part: Path, ledger: Ledger) -> None:
+            ledger.spent(flops)
+            build(part)
+
+        frame = self._stack[-1]
+        name = frame.method.name.rpartition(".")[2]
+        step = self.run.step(f"{name}-{what}", (key, frame.method.code()), filled, label=f"{name}: {what}")
+        frame.uses.append(step.name)
+        return step
 
     def spent(self, flops: float) -> None:
         if self._stack:

@@ -26,6 +26,7 @@ from assay.data.supplied import supplied
 from assay.engine import local
 from assay.measure import PASSES, family, uses_model
 from assay.study import Study
+from assay.tasks import sketch_task
 
 SAMPLE = 1500
 # Seconds to fork the first worker with the heavy packages loaded, and for each later set of workers.
@@ -161,9 +162,7 @@ def _sample(study: Study) -> tuple[Pool, Pool, int, float, float]:
         return pool, Pool.from_columns(test), len(pool), seconds, 0.4 * train.nbytes
     spec = study.pool
     assert spec.path is not None
-    source = readers.Source(
-        paths=spec.path, text=spec.text, image=spec.image, domain=spec.domain, keep=spec.keep, max_chars=spec.max_chars
-    )
+    source = readers.Source(paths=spec.path, **{**study.columns("pool"), "id": None})
     size = int(sum(readers.sniff(path)["rows"] for path in readers.files(source)))
     batches = list(islice(readers.read(source, batch_rows=512), 4))
     tables = [pa.Table.from_batches([b]) for b, _ in batches if b.num_rows]
@@ -180,7 +179,7 @@ def _sample(study: Study) -> tuple[Pool, Pool, int, float, float]:
     rate = (time.perf_counter() - start) / table.num_rows
     rows = whole if spec.sample is None else min(whole, spec.sample)
     if study.target.path is not None:
-        source = readers.Source(paths=study.target.path, text=study.target.text, max_chars=study.target.max_chars)
+        source = readers.Source(paths=study.target.path, **{**study.columns("target"), "id": None})
         parts = [pa.Table.from_batches([b]) for b, _ in readers.read(source) if b.num_rows]
         target = Pool.from_columns(pa.concat_tables(parts)) if parts else pool.at([])
     else:
@@ -197,7 +196,7 @@ def estimate(study: Study, pool: Pool, target: Target, rows: int, workers: int, 
         clock = _Clock()
         gate.contamination(sample, target)
         gating = clock.lap() * scale
-        task = _task(study, sample)
+        task = sketch_task(study, sample, Path(folder))
         encoding = clock.lap() * min(scale, 20_000 / len(sample))  # the tokenizer learns from 20,000 texts at most
         task.prepare(sample, Path(folder))
         encoding += clock.lap() * scale
@@ -209,6 +208,7 @@ def estimate(study: Study, pool: Pool, target: Target, rows: int, workers: int, 
     base = float(tree_rss()) + (rates["rss"] * busy if workers > 1 else 0.0)
     draft = _Draft(study, task, methods, target, rows, float(encoded.sizes.mean()) * rows, rates, busy, base, text)
     draft.add(Step("gate", gating, base / 2), Step("encode", encoding, base / 2, 2 * draft.terms))
+    draft.first()
     draft.proxy()
     draft.scores()
     draft.training()
@@ -238,23 +238,6 @@ class _Clock:
     def lap(self) -> float:
         before, self.at = self.at, time.perf_counter()
         return self.at - before
-
-
-def _task(study: Study, sample: Pool) -> Any:
-    from assay.train.models import LanguageModel, train_tokenizer
-
-    spec = study.task
-    if spec.kind != "text":
-        return spec.classifier()
-    tokenizer = train_tokenizer(sample, vocab=spec.vocab, seed=study.seed)
-    return LanguageModel(
-        tokenizer=tokenizer,
-        vocab=spec.vocab,
-        width=spec.width,
-        layers=spec.layers,
-        heads=spec.heads,
-        context=spec.context,
-    )
 
 
 def _features(method: Method) -> list[Method]:
@@ -304,6 +287,11 @@ class _Draft:
         seconds = START if self.busy > 1 and not self._started else RESTART
         self._started = True
         return seconds
+
+    def first(self) -> None:
+        passes = self.study.task.pretrain.passes
+        if self.study.task.kind == "causal" and passes:
+            self.add(Step("pretrain", passes * self.terms / self.rates["train"], self.base, 4.0 * self._weights()))
 
     def proxy(self) -> None:
         spec = self.study.proxy

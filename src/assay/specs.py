@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from assay.core.method import Count, Positive
+from assay.core.method import Count, NonNegative, Positive
 from assay.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ class PoolSpec(Spec):
     builtin: Literal["python", "digits", "images"] | None = None
     """A pool that comes with its target: text of Python, scikit-learn's digits, or labelled images at `path`."""
     text: str = "text"
+    prompt: str | None = None
+    """With `completion`: two columns in the place of `text`; a causal model's loss is then that of the completion."""
+    completion: str | None = None
     image: str | None = None
     id: str | None = None
     domain: str | None = None
@@ -57,17 +60,40 @@ class TargetSpec(Spec):
     count: Count | None = None
     """How many examples of `domain` are held out, 400 unless given; of digits and images, how many test on: all."""
     text: str = "text"
+    prompt: str | None = None
+    completion: str | None = None
     id: str | None = None
     group: str | None = None
+    keep: tuple[str, ...] = ()
+    """Further columns that methods may read, such as the subtasks of `less`."""
     max_chars: Count = 1_000_000
     max_bad: float = pydantic.Field(default=0.05, ge=0, le=1)
 
 
+class PretrainSpec(Spec):
+    """A first training on all of the pool's text, before anything else: every model begins from its weights."""
+
+    passes: NonNegative = 0.0
+    recipe: Recipe = Recipe()
+
+
 class TaskSpec(Spec):
     """The model. `text`: the built-in decoder with its own tokenizer. `classifier`: vectors and labels. `convnet`:
-    images and labels."""
+    images and labels.
 
-    kind: Literal["text", "classifier", "convnet"] = "text"
+    `causal`: a model of transformers. Either `model`, a folder or an id of the hub, with its own tokenizer; or
+    `config`, a config.json or a table of the same keys, with a tokenizer of `vocab` tokens trained on the pool.
+    """
+
+    kind: Literal["text", "classifier", "convnet", "causal"] = "text"
+    model: str | None = None
+    config: str | dict[str, Any] | None = None
+    weights: Literal["stored", "random"] = "stored"
+    """Where training begins: at the model's own weights, or at weights drawn by the seed. With `config` there are
+    none, unless `pretrain` makes some."""
+    pretrain: PretrainSpec = PretrainSpec()
+    template: str = "{prompt}\n"
+    """What stands before a completion."""
     vocab: int = pydantic.Field(default=1024, ge=260)
     width: Count = 64
     layers: Count = 3

@@ -54,6 +54,18 @@ class Study(Spec):
             "seed": self.seed,
         }  # fmt: skip
 
+    def columns(self, what: str) -> dict[str, Any]:
+        """Which columns of the pool's or the target's files mean what, as a `Source` is told."""
+        spec = self.pool if what == "pool" else self.target
+        found: dict[str, Any] = {
+            "text": spec.text, "prompt": spec.prompt, "completion": spec.completion, "id": spec.id,
+            "max_chars": spec.max_chars,
+        }  # fmt: skip
+        if what == "pool":
+            return found | {"image": self.pool.image, "domain": self.pool.domain, "keep": self.pool.keep}
+        group = (self.target.group,) if self.target.group else ()
+        return found | {"keep": tuple(dict.fromkeys((*group, *self.target.keep)))}
+
     def _reserved(self, arm: ArmSpec) -> bool:
         """Whether an arm bears the name of a baseline that it is not."""
         spec = arm.method.get("name") if isinstance(arm.method, Mapping) else arm.method
@@ -85,9 +97,9 @@ class Study(Spec):
     def spec(self) -> dict[str, Any]:
         """Plain JSON, with the options of every method written out."""
         plain: dict[str, Any] = self.model_dump(mode="json", exclude={"methods", "arms"}) | {"methods": []}
-        for part in ("train", "proxy"):
+        for recipe in (plain["train"]["recipe"], plain["proxy"]["recipe"], plain["task"]["pretrain"]["recipe"]):
             for decided in ("steps", "seed"):
-                del plain[part]["recipe"][decided]
+                del recipe[decided]
         plain["arms"] = [
             {"name": a.name, "method": make(Scorer, a.method).spec(), "select": make(Selector, a.select).spec()}
             for a in self.contestants()
@@ -137,7 +149,10 @@ def parse(data: Mapping[str, Any], *, where: str = "study") -> Study:
 
 def _check_recipes(study: Study, where: str) -> None:
     """Keys that something else decides are refused, not silently overruled."""
-    for part, recipe in (("train", study.train.recipe), ("proxy", study.proxy.recipe)):
+    first = study.task.pretrain.recipe
+    if "steps" in first.model_fields_set:
+        raise InputError("task.pretrain.recipe.steps does nothing here", where=where, fix="set task.pretrain.passes")
+    for part, recipe in (("train", study.train.recipe), ("proxy", study.proxy.recipe), ("task.pretrain", first)):
         for key, instead in (("steps", f"{part}.steps"), ("seed", "seed")):
             if key in recipe.model_fields_set:
                 raise InputError(f"{part}.recipe.{key} does nothing here", where=where, fix=f"set {instead}")
@@ -172,7 +187,7 @@ def _check_sources(study: Study, where: str) -> None:
                 f"target.{wrong[0]} does nothing here", where=where, why=why, fix=f"drop target.{wrong[0]}"
             )
     unused = {"size": "builtin", "flip": "builtin"} if pool.builtin is None else dict.fromkeys(
-        ("text", "image", "id", "domain", "keep", "max_chars", "max_bad"), "path"
+        ("text", "prompt", "completion", "image", "id", "domain", "keep", "max_chars", "max_bad"), "path"
     )  # fmt: skip
     unused |= {} if pool.builtin == "images" else {"take": "builtin = 'images'"}
     for key, partner in unused.items():
@@ -181,10 +196,45 @@ def _check_sources(study: Study, where: str) -> None:
             raise InputError(f"pool.{key} does nothing here", where=where, why=why, fix=f"drop pool.{key}")
 
 
+def _check_causal(study: Study, where: str) -> None:
+    """What goes with a model of transformers, and what with others."""
+    task, default = study.task, TaskSpec()
+    causal = task.kind == "causal"
+    if causal and (task.model is None) == (task.config is None):
+        raise InputError(
+            "a causal task needs exactly one of task.model and task.config", where=where,
+            fix="model = 'folder or hub id', or config = {model_type = 'llama', ...}",
+        )  # fmt: skip
+    apart = ["width", "layers", "heads"] if causal else ["model", "config", "weights", "pretrain", "template"]
+    apart += ["vocab", "pretrain"] if causal and task.model is not None else []
+    apart += ["weights"] if causal and task.model is None else []
+    for key in apart:
+        if getattr(task, key) != getattr(default, key):
+            raise InputError(f"task.{key} does nothing here", where=where, fix=f"drop task.{key}")
+    for what, spec in (("pool", study.pool), ("target", study.target)):
+        if (spec.prompt is None) != (spec.completion is None):
+            raise InputError(f"{what}.prompt and {what}.completion go together", where=where, fix="name both columns")
+    if study.pool.completion is not None and not causal:
+        raise InputError(
+            "pool.completion is for causal models", where=where,
+            why=f"the loss of task.kind = {task.kind!r} is that of whole texts", fix="set task.kind = 'causal'",
+        )  # fmt: skip
+    if study.target.path is not None and (study.target.completion is None) != (study.pool.completion is None):
+        raise InputError(
+            "the pool and the target must both have completions, or both texts", where=where,
+            fix="set prompt and completion of [pool] and of [target]",
+        )  # fmt: skip
+    if study.pool.completion is not None and "{prompt}" not in task.template:
+        raise InputError(f"task.template = {task.template!r} has no {{prompt}}", where=where, fix='"{prompt}\\n"')
+
+
 def _check_task(study: Study, where: str) -> None:
+    _check_causal(study, where)
     task = study.task
     digits = study.pool.builtin == "digits"
-    kinds = {"digits": ("classifier",), "images": ("classifier", "convnet")}.get(study.pool.builtin or "", ("text",))
+    kinds = {"digits": ("classifier",), "images": ("classifier", "convnet")}.get(
+        study.pool.builtin or "", ("text", "causal")
+    )
     if task.kind not in kinds:
         has = {"digits": "the digits are vectors with labels", "images": "images are pixels with labels"}
         why = has.get(study.pool.builtin or "", "the pool is text, without vectors and labels")
@@ -301,6 +351,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
             for key in ("path", "truth"):
                 if key in table:
                     table[key] = _relative(table[key], path.parent)
+    task = data.get("task")
+    if isinstance(task, dict):
+        for key in ("model", "config"):  # an id of the hub looks like a path: it is one where there is such a folder
+            value = task.get(key)
+            if isinstance(value, str) and (key == "config" or (path.parent / value).is_dir()):
+                task[key] = _relative(value, path.parent)
     return parse(override(data, overrides), where=str(path))
 
 

@@ -120,6 +120,11 @@ class Context(Protocol):
         """A keyed sample of the pool: the same examples whatever the order, and whatever the target."""
         ...
 
+    def kept(self, what: str, key: Any, build: typing.Callable[[Path], None], *, flops: float = 0.0) -> Path:
+        """A folder that a method fills, once for a key: it is found made the next time, and `build` may find its own
+        leftovers in it after a kill."""
+        ...
+
     def spent(self, flops: float) -> None:
         """Enter floating-point operations in the compute ledger."""
         ...

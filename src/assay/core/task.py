@@ -72,6 +72,10 @@ class Task(ABC):
     def encoded(self, path: Path) -> Encoded:
         """What `prepare` wrote, memory-mapped."""
 
+    def stored(self) -> Params | None:
+        """Weights that every training begins from (fine-tuning); None: each draws its own, keyed by its seed."""
+        return None
+
     @abstractmethod
     def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
         """Loss terms `[b, t]` and their mask `[b, t]` (1 where a term counts)."""

@@ -62,7 +62,7 @@ __all__ = ["Rejected", "Source", "files", "fingerprint", "read", "sniff"]
 pc: Any = pyarrow.compute  # its functions are made at run time, where type checkers do not see them
 
 IMAGE_ROWS = 64  # images a batch: see IMAGE_BYTES
-OUTPUT = ("text", "image", "id", "domain", "source", "source_row")
+OUTPUT = ("text", "image", "prompt", "completion", "id", "domain", "source", "source_row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,9 @@ class Source:
             several of these.
         text: The column of documents, or None.
         image: The column of encoded images, or of their paths relative to the file, or None.
+        prompt: The column of prompts, which may be empty; a completion goes with it. The text is then both, joined by
+            a line break, whatever `text` says.
+        completion: The column of completions.
         id: The column of ids: strings or integers.
         domain: The column of domains. When None, a column called "domain" is used if there is one.
         keep: Further columns to carry along: numbers (as float64), booleans, strings, lists of numbers of one length.
@@ -83,6 +86,8 @@ class Source:
     paths: str | tuple[str, ...]
     text: str | None = "text"
     image: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
     id: str | None = None
     domain: str | None = None
     keep: tuple[str, ...] = ()
@@ -122,12 +127,15 @@ class _Plan:
 
 
 def _columns(source: Source) -> list[str]:
-    named = [source.text, source.image, source.id, source.domain, *source.keep]
+    text = source.text if source.completion is None else None
+    named = [text, source.image, source.prompt, source.completion, source.id, source.domain, *source.keep]
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
 def _check_source(source: Source) -> None:
-    if source.text is None and source.image is None:
+    if (source.prompt is None) != (source.completion is None):
+        raise InputError("prompt and completion go together", fix="name the columns of both")
+    if source.text is None and source.image is None and source.completion is None:
         raise InputError("neither a text nor an image column is named", fix="text='...' or image='...'")
     for name in source.keep:
         if name in OUTPUT or source.keep.count(name) > 1:
@@ -183,7 +191,9 @@ def _labels(paths: list[str]) -> dict[str, str]:
 
 def _check_types(path: str, source: Source, chunk: Chunk) -> None:
     """Columns of typed formats whose type no row can mend."""
-    for role, name, numbers in (("text", source.text, False), ("id", source.id, True), ("domain", source.domain, True)):
+    text = source.text if source.completion is None else None
+    words = [("text", text, False), ("prompt", source.prompt, False), ("completion", source.completion, False)]
+    for role, name, numbers in (*words, ("id", source.id, True), ("domain", source.domain, True)):
         values = chunk.data.get(name or "")
         if not isinstance(values, pa.Array):
             continue
@@ -235,7 +245,12 @@ def _clean(plan: _Plan, path: str, chunk: Chunk) -> tuple[pa.RecordBatch, list[R
     def values(name: str) -> Any:
         return chunk.data.get(name, absent)
 
-    if source.text is not None:
+    if source.completion is not None and source.prompt is not None:
+        columns["completion"] = text_column(values(source.completion), source.completion, source.max_chars, bad)
+        prompt = string_column(values(source.prompt), "prompt", f"no column '{source.prompt}'", (str,), bad)
+        columns["prompt"] = prompt.fill_null("")
+        columns["text"] = pc.binary_join_element_wise(columns["prompt"], columns["completion"], "\n")
+    elif source.text is not None:
         columns["text"] = text_column(values(source.text), source.text, source.max_chars, bad)
     if source.image is not None:
         columns["image"] = image_column(values(source.image), source.image, path, bad)

@@ -23,6 +23,7 @@ from assay.core.pool import Pool
 from assay.core.task import Encoded, Inputs, Params, Task
 from assay.numerics.sampling import categorical, uniforms
 from assay.train import pretrained
+from assay.train.dialogue import Dialogues, checked, write_dialogues
 from assay.train.models import Tokens, check_labels, drawn, margin, with_params, write_tokens
 from assay.train.pretrained import (
     Form,
@@ -254,27 +255,24 @@ def _matrix_weights(model: nn.Module, config: Any) -> float:
     return total
 
 
-def _checked(codes: list[list[int]], shard: Pool, vocab: int, what: str) -> list[list[int]]:
-    """Raises `InputError` for a text without tokens, or a token that the model has no row for."""
-    for row, ids in zip(shard.ids.tolist(), codes, strict=True):
-        if not ids:
-            raise InputError(f"row {row.decode()!r} has {what}", why="its text is empty", fix="drop such rows")
-        if max(ids) >= vocab:
-            raise InputError(
-                f"the tokenizer gives token {max(ids)}", why=f"the model knows {vocab}",
-                fix="use the tokenizer that belongs to the model",
-            )  # fmt: skip
-    return codes
-
-
 @dataclass(frozen=True, kw_only=True)
 class CausalLM(_Pretrained):
-    """Next-token prediction by any `AutoModelForCausalLM`, on column `text`.
+    """Next-token prediction by any `AutoModelForCausalLM`, on column `text`, or on a `completion` given its `prompt`.
 
     A text is fed as [start mark] + tokens, and its terms are its tokens and, if the tokenizer has an end mark (eos),
     one of it; all cut at `context` terms. The start mark is bos if the tokenizer has one, else eos. No other special
     tokens are added. The loss is the mean over terms, in nats per token.
+
+    With `completion_only` the texts are columns `prompt` (written into `template`) and `completion`, each tokenised on
+    its own. Only the completion's tokens and its end mark are terms. What is over `context` is cut from the end of
+    the completion as far as it takes up more than half, then from the beginning of the prompt.
     """
+
+    completion_only: bool = False
+    template: str = "{prompt}\n"
+    """What stands before a completion."""
+    fine_tune: bool = False
+    """Whether training begins from the stored weights, and not from a draw."""
 
     auto: ClassVar[str] = "AutoModelForCausalLM"
     kind: ClassVar[str] = "causal"
@@ -293,6 +291,23 @@ class CausalLM(_Pretrained):
             )  # fmt: skip
         return found
 
+    def describe(self) -> dict[str, Any]:
+        found = super().describe()
+        if self.completion_only:
+            found |= {"terms": "completion", "template": self.template}
+        return found | ({"stored": self._hash} if self.fine_tune else {})
+
+    @cached_property
+    def _hash(self) -> str:
+        return self.checkpoint_hash()
+
+    def stored(self) -> Params | None:
+        return self._weights if self.fine_tune else None
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        return self.params()
+
     def prepare(self, pool: Pool, path: Path) -> None:
         tokenizer, vocab = self.tokenizer(), self.config.get_text_config().vocab_size
         end = [] if self.marks.eos is None else [self.marks.eos]
@@ -301,12 +316,15 @@ class CausalLM(_Pretrained):
             for shard in pool.shards(2048):
                 codes = tokenizer.encode_batch(shard.column("text"), add_special_tokens=False)
                 cut = [(code.ids[: self.context] + end)[: self.context] for code in codes]
-                yield from _checked(cut, shard, vocab, "nothing to predict")
+                yield from checked(cut, shard, vocab, "nothing to predict")
 
-        write_tokens(path, documents(), vocab)
+        if self.completion_only:
+            write_dialogues(path, pool, tokenizer, self.template, end, self.context, vocab)
+        else:
+            write_tokens(path, documents(), vocab)
 
     def encoded(self, path: Path) -> Encoded:
-        return Tokens(path, self.start)
+        return Dialogues(path, self.start) if self.completion_only else Tokens(path, self.start)
 
     def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
         nll = with_params(self.module, params, self._nll, batch)
@@ -414,7 +432,7 @@ class SequenceClassifier(_Pretrained):
         def documents() -> Iterator[list[int]]:
             for shard in pool.shards(2048):
                 codes = tokenizer.encode_batch(shard.column("text"))
-                yield from _checked([code.ids for code in codes], shard, vocab, "no tokens")
+                yield from checked([code.ids for code in codes], shard, vocab, "no tokens")
 
         write_tokens(path, documents(), vocab)
         np.save(path / "labels.npy", self._labels(pool), allow_pickle=False)

@@ -18,7 +18,7 @@ from assay.core.keys import canonical, digest, hash_ids, shuffled, write_bytes
 from assay.core.selection import Selection
 from assay.core.task import Encoded, Params, Task
 from assay.train import optim
-from assay.train.models import init_params
+from assay.train.models import first_weights
 from assay.train.recipe import Recipe
 
 # Padded terms (rows x longest) of one micro-batch: big enough to feed one core, small enough for its caches.
@@ -132,6 +132,7 @@ def train(
     marks: int = 1,
 ) -> Trained:
     """Train on a Selection whose k-th id stands in row `rows[k]` of `encoded`. Frozen parameters stay as they are.
+    It begins from `start`, else from the weights that the task stores, else from a draw keyed by the recipe's seed.
 
     With a `path`, the state is kept there every `save_every` steps, a killed run goes on from it to the same bytes,
     and `checkpoint.safetensors` is written at the end; `marks - 1` earlier models are kept as `mark-STEP.safetensors`,
@@ -139,7 +140,7 @@ def train(
     """
     due = mark_steps(recipe.steps, marks)[:-1]
     key = digest(recipe.spec(), task.describe(), selection.fingerprint, fingerprint(start) if start else "")
-    params = dict(start) if start is not None else init_params(task.module, recipe.seed)
+    params = dict(start) if start is not None else first_weights(task, recipe.seed)
     names, moved = list(params), trainable(task, params)
     state, losses = optim.init(recipe, [params[n] for n in moved]), []
     held = _load_state(path / "state.safetensors", key) if path else None

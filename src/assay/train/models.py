@@ -97,6 +97,12 @@ def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
     return values
 
 
+def first_weights(task: Task, seed: int) -> dict[str, Tensor]:
+    """Where training begins: the weights that the task stores, or those that the seed draws."""
+    stored = task.stored()
+    return init_params(task.module, seed) if stored is None else dict(stored)
+
+
 def with_params(module: nn.Module, params: Params, function: Callable[..., Any], *args: Any) -> Any:
     """`function(module, *args)` while the module's parameters are `params`."""
     return functional_call(_Bound(module, function), {f"inner.{k}": v for k, v in params.items()}, args)

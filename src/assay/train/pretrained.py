@@ -23,13 +23,13 @@ from assay.numerics.readout import Readout
 from assay.train.models import init_params
 
 
-def library(name: str) -> Any:
-    """The package, or an `InputError` that says how to install it."""
+def library(name: str, what: str = "a Hugging Face model") -> Any:
+    """The package that `what` needs, or an `InputError` that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"a Hugging Face model needs the package {name!r}", why=str(error), fix="pip install 'assay-data[hf]'"
+            f"{what} needs the package {name!r}", why=str(error), fix="pip install 'assay-data[hf]'"
         ) from error
 
 
