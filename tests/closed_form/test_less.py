@@ -40,12 +40,13 @@ LLAMA = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1,
 }  # fmt: skip
+N = 20
 OPTIONS: dict[str, Any] = {
-    "share": 0.4, "epochs": 3, "rank": 2, "scale": 3.0, "lr": 0.02, "terms_per_step": 40, "projection": "exact",
+    "share": 0.4, "epochs": 2, "rank": 2, "scale": 3.0, "lr": 0.02, "terms_per_step": 40, "projection": "exact",
 }  # fmt: skip
 
 
-def target_pool(n: int = 9, repeat: int = 0) -> Pool:
+def target_pool(n: int = 6, repeat: int = 0) -> Pool:
     texts = text_pool(n, seed=7).column("text")
     subtasks = [f"task {i % 3}" for i in range(n)]
     for _ in range(repeat):
@@ -86,7 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     def exact(norm: Any, x: Tensor) -> Tensor:
         return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
-    folder, pool = tmp_path_factory.mktemp("less"), text_pool(30)
+    folder, pool = tmp_path_factory.mktemp("less"), text_pool(N)
     (folder / "model").mkdir()
     write_model(folder / "model", LLAMA, train_tokenizer(pool, vocab=270), context=16)
     task = CausalLM(path=str(folder / "model"), context=16)
@@ -119,7 +120,7 @@ def dense(world: World, adapters: dict[str, Tensor], scale: float) -> Callable[[
     return gradients
 
 
-def checkpoints(out: Path, epochs: int = 3) -> list[loop.Trained]:
+def checkpoints(out: Path, epochs: int = 2) -> list[loop.Trained]:
     (folder,) = (out / "steps").glob("less-warm-up-*")
     return [loop.load(folder / f"epoch-{e + 1}.safetensors") for e in range(epochs)]
 
@@ -136,7 +137,7 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
 def test_scores_are_the_dense_formula(world: World, tmp_path: Path, drop: bool) -> None:
     """T-f1: without a projection the score is the sum of exact cosines, entry by entry in Adam's metric."""
     found = world.table(tmp_path / "run", subtask="subtask", reduction="none", drop_momentum=drop)
-    target, want = target_pool(), np.zeros((30, 3))
+    target, want = target_pool(), np.zeros((N, 3))
     rates = epoch_rates(tmp_path / "run")
     for rate, mark in zip(rates, checkpoints(tmp_path / "run"), strict=True):
         gradients = dense(world, mark.params, 3.0)
@@ -166,16 +167,16 @@ def test_the_warm_up_is_adams_training_of_a_and_b(world: World, tmp_path: Path) 
     marks = checkpoints(tmp_path / "run")
     task = lora.Adapted(inner=world.task, rank=2, scale=3.0)
     assert all(n.rpartition(".lora_")[0].endswith(("q_proj", "k_proj", "v_proj", "o_proj")) for n in marks[0].params)
-    seed = next(s for s in [recipe_seed()] if s)
+    seed = recipe_seed()
     start = task.adapters(world.models[0], seed)
     assert all(not p.any() for n, p in start.items() if ".lora_B." in n)
     ids = chosen(world)
     sizes = prepared(world.task, world.pool, world.folder / world.pool.fingerprint).sizes
     rows = np.flatnonzero(np.isin(world.pool.ids, ids))
     recipe = Recipe(terms_per_step=40, lr=0.02, betas=(0.9, 0.999), weight_decay=0.0, warmup=0.03, final=0.0, seed=seed)
-    plan = lora.batches(world.pool.ids[rows], sizes[rows], recipe, 3)
+    plan = lora.batches(world.pool.ids[rows], sizes[rows], recipe, 2)
     recipe = recipe.model_copy(update={"steps": sum(map(len, plan))})
-    assert len(marks[-1].losses) == recipe.steps and len({len(p) for p in plan}) >= 1
+    assert len(marks[-1].losses) == recipe.steps
     leaves = {n: p.clone() for n, p in start.items()}
     optimiser = torch.optim.Adam([{"params": [p], "name": n} for n, p in leaves.items()], betas=(0.9, 0.999), eps=1e-8)
     step, everything = 0, world.inputs(world.pool)
@@ -211,7 +212,7 @@ def chosen(world: World) -> np.ndarray:
     from assay.core.keys import hash_ids
 
     order = np.argsort(hash_ids(world.pool.ids, "less", 0, 0))
-    return world.pool.ids[order[:12]]
+    return world.pool.ids[order[: round(0.4 * N)]]
 
 
 @pytest.fixture(scope="module")
@@ -301,9 +302,9 @@ def test_reductions(world: World, tmp_path: Path) -> None:
     z = (columns - columns.mean(axis=0)) / columns.std(axis=0)
     np.testing.assert_allclose(tables["zscore"][:, 0], z.max(axis=1), rtol=0, atol=1e-9)
     first = np.argsort(-tables["round_robin"][:, 0])[:3]
-    assert set(first) >= {columns[:, 0].argmax()} and sorted(-tables["round_robin"][:, 0]) == list(range(30))
+    assert set(first) >= {columns[:, 0].argmax()} and sorted(-tables["round_robin"][:, 0]) == list(range(N))
     places = round_robin(columns, world.pool.ids)
-    taken = [int(np.flatnonzero(places == k)[0]) for k in range(30)]
+    taken = [int(np.flatnonzero(places == k)[0]) for k in range(N)]
     for k, row in enumerate(taken):
         assert columns[row, k % 3] == max(columns[r, k % 3] for r in taken[k:]), "each turn takes the best that is left"
 
@@ -319,7 +320,7 @@ def test_scaling_all_rates_changes_nothing(world: World, tmp_path: Path, monkeyp
 
 def test_batches_of_pool_and_target_do_not_matter(world: World, tmp_path: Path) -> None:
     plain = world.table(tmp_path / "a", subtask="subtask").values
-    for name, held in (("b", {"batch": 1}), ("c", {"batch": 4, "shard": 7}), ("d", {"area": 20})):
+    for name, held in (("b", {"batch": 2}), ("c", {"area": 20, "shard": 7})):
         found = world.table(tmp_path / name, held=held, subtask="subtask").values
         np.testing.assert_allclose(found, plain, rtol=0, atol=1e-11)
 
@@ -332,21 +333,30 @@ def test_a_column_for_each_target_example(world: World, tmp_path: Path) -> None:
     np.testing.assert_allclose(each.values.mean(axis=1), mean, rtol=0, atol=1e-12)
 
 
-def test_barred_examples_do_not_train_the_adapters(world: World, tmp_path: Path) -> None:
+def test_barred_examples_do_not_train_the_adapters(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = chosen(world)
-    plain = world.table(tmp_path / "a").values
-    other = [i for i in world.pool.ids.tolist() if i not in ids.tolist()]
-    spared = world.table(tmp_path / "b", held={"barred": ids[:1]}).values
-    assert np.abs(plain - spared).max() > 1e-6
+    trained: list[set[bytes]] = []
+
+    def watched(*args: Any, **options: Any) -> None:
+        trained.append(set(options["ids"].tolist()))
+        lora_warm_up(*args, **options)
+
+    lora_warm_up = lora.warm_up
+    monkeypatch.setattr(lora, "warm_up", watched)
+    for name, barred in (("a", ids[:0]), ("b", ids[:2])):
+        world.table(tmp_path / name, held={"barred": barred})
+    assert trained[0] == set(ids.tolist()) and not trained[1] & set(ids[:2].tolist())
+    assert set(ids[2:].tolist()) <= trained[1], "the others stay: the draw is keyed by id"
     with pytest.raises(InputError, match="nothing to train the adapters on"):
         world.table(tmp_path / "c", held={"barred": world.pool.ids})
-    assert len(other) == 18
 
 
 def test_a_killed_warm_up_goes_on_to_the_same_bytes(world: World, tmp_path: Path) -> None:
     task = lora.Adapted(inner=world.task, rank=2)
     encoded = prepared(world.task, world.pool, world.folder / world.pool.fingerprint)
-    rows = np.arange(12)
+    rows = np.arange(9)
     recipe = Recipe(terms_per_step=20, lr=0.02, betas=(0.9, 0.999), weight_decay=0.0, final=0.0)
     options: dict[str, Any] = {"rows": rows, "ids": world.pool.ids[rows], "recipe": recipe, "epochs": 2}
 
@@ -380,22 +390,26 @@ def test_planted_tasks_are_told_apart(tmp_path: Path) -> None:
     """T-f7: of two disjoint tasks, the top 5% for one target are of its task."""
     rng = np.random.default_rng(0)
 
-    def texts(n: int, words: Sequence[str]) -> list[str]:
-        starts = rng.integers(0, len(words), n).tolist()
-        return [" ".join(words[k % len(words)] for k in range(s, s + 8)) + f" {i}" for i, s in enumerate(starts)]
+    def texts(n: int, words: Sequence[str], ordered: bool = True) -> list[str]:
+        made, k = [], len(words)
+        for start, length in zip(rng.integers(0, k, n), rng.integers(6, 12, n), strict=True):
+            at = start + np.arange(length) if ordered else rng.integers(0, k, length)
+            made.append(" ".join(words[w % k] for w in at.tolist()))
+        return made
 
-    count, spell = "one two three four five six".split(), "ant bee cat dog eel fox".split()
+    count = "one two three four five six seven eight".split()
+    spell = "ant bee cat dog eel fox gnu hen".split()
+    before = Pool.from_columns({"text": texts(160, [*count, *spell], ordered=False)})
     pool = Pool.from_columns({"text": [*texts(80, count), *texts(80, spell)]})
-    asked = [*texts(6, count), *texts(6, spell)]
-    target = Pool.from_columns({"text": asked, "subtask": ["a"] * 6 + ["b"] * 6})
+    target = Pool.from_columns({"text": [*texts(6, count), *texts(6, spell)], "subtask": ["a"] * 6 + ["b"] * 6})
     shape = {"vocab": 300, "width": 16, "layers": 1, "heads": 2, "context": 24}
     task = LanguageModel(tokenizer=train_tokenizer(pool, vocab=300), **shape)
-    encoded, recipe = prepared(task, pool, tmp_path / "t"), Recipe(steps=30, terms_per_step=400, lr=1e-2)
-    model = loop.train(task, encoded, np.arange(160), Selection.everything(pool.ids), recipe).params
-    planted = World(task, pool, [model], tmp_path)
-    found = planted.table(
-        tmp_path / "run", target, subtask="subtask", reduction="none", projection="sparse", size=1024, epochs=2
-    )
+    encoded, recipe = prepared(task, before, tmp_path / "t"), Recipe(steps=20, terms_per_step=400, lr=1e-2)
+    model = loop.train(task, encoded, np.arange(160), Selection.everything(before.ids), recipe).params
+    found = World(task, pool, [model], tmp_path).table(
+        tmp_path / "run", target, subtask="subtask", reduction="none", projection="sparse", size=1024, share=0.2,
+        terms_per_step=200,
+    )  # fmt: skip
     for column, own in zip(found.values.T, (range(80), range(80, 160)), strict=True):
         assert np.isin(np.argsort(-column)[:8], own).mean() >= 0.9
 

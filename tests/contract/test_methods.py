@@ -44,6 +44,7 @@ VECTORS = {
 # Options of methods that the worlds below cannot serve at their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "trackstar": {"features": "gradients"},  # these models have no second moments
+    "less": {"epochs": 1, "terms_per_step": 256},  # quick
     "tuned": {"grid": {"damping": [0.1, 1.0]}, "groups": 4, "steps": 2},  # quick
     "datamodel": {"subsets": 150, "recipe": {"steps": 12, "terms_per_step": 16, "lr": 0.1, "optimiser": "sgd"}},
 }

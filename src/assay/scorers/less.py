@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import pydantic
 
 from assay.core.errors import InputError
 from assay.core.keys import digest, hash_ids
@@ -82,7 +81,7 @@ class Less(Scorer):
         The paper has rank 128, scale 4, lr 2e-5 for 7B parameters, size 8192; layers () are q, k, v and o
     """
 
-    share: float = pydantic.Field(default=0.05, gt=0, le=1)
+    share: Positive = 0.05
     epochs: Count = 4
     rank: Count = 8
     scale: Positive = 4.0
@@ -164,6 +163,8 @@ class Less(Scorer):
         from assay.train import loop, lora
         from assay.train.recipe import Recipe
 
+        if self.share > 1:
+            raise InputError(f"less: share = {self.share}", why="it is a part of the pool", fix="at most 1")
         pool = context.pool
         eligible = np.flatnonzero(~np.isin(pool.ids, context.barred))
         if not len(eligible):
