@@ -394,7 +394,7 @@ def test_planted_tasks_are_told_apart(tmp_path: Path) -> None:
         made, k = [], len(words)
         for start, length in zip(rng.integers(0, k, n), rng.integers(6, 12, n), strict=True):
             at = start + np.arange(length) if ordered else rng.integers(0, k, length)
-            made.append(" ".join(words[w % k] for w in at.tolist()))
+            made.append(" ".join(words[int(w) % k] for w in at))
         return made
 
     count = "one two three four five six seven eight".split()

@@ -27,7 +27,7 @@ from assay.core.selection import Selection
 from assay.core.task import Encoded, Inputs, Params, Task
 from assay.engine import local
 from assay.train import loop, optim
-from assay.train.models import init_params
+from assay.train.models import first_weights
 from assay.train.recipe import Recipe
 
 Measure = Literal["loss", "margin"]
@@ -181,7 +181,7 @@ class Bank:
 
     def first(self, seed: int) -> dict[str, Tensor]:
         """First weights, in the precision of the bank."""
-        values = self.start if self.start is not None else init_params(self.task.module, seed, self.dtype)
+        values = self.start if self.start is not None else first_weights(self.task, seed, self.dtype)
         return {n: p.to(self.dtype) if p.is_floating_point() else p for n, p in values.items()}
 
     def chunks(self, masks: np.ndarray, seeds: Sequence[int]) -> list[Chunk]:

@@ -97,10 +97,12 @@ def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
     return values
 
 
-def first_weights(task: Task, seed: int) -> dict[str, Tensor]:
-    """Where training begins: the weights that the task stores, or those that the seed draws."""
+def first_weights(task: Task, seed: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Where training begins: the weights that the task stores, or those that the seed draws (float32 by default)."""
     stored = task.stored()
-    return init_params(task.module, seed) if stored is None else dict(stored)
+    if stored is None:
+        return init_params(task.module, seed, dtype or torch.float32)
+    return {n: p if dtype is None else p.to(dtype) for n, p in stored.items()}
 
 
 def with_params(module: nn.Module, params: Params, function: Callable[..., Any], *args: Any) -> Any:
