@@ -41,7 +41,8 @@ clean:
 	find src tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installs when the dependencies changed, and not otherwise.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/requirements-oracles.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-oracles.txt
 	touch $@
