@@ -90,30 +90,63 @@ def run(
     replace: Replace = False,
 ) -> None:  # fmt: skip
     """Score a pool, select under a budget, train on every selection, verify, report."""
+    flags = {"pool": pool, "target": target, "text": text_column, "ids": id_column, "domain": domain_column}
+    chosen = _chosen(study, flags, sets or [], methods, budget)
+    _run(chosen, out or Path("runs") / chosen.name, json_, quiet, workers, replace)
+
+
+@app.command()
+def verify(
+    study: Annotated[str | None, typer.Argument(help="A study in TOML, or demo:digits; or give --pool.")] = None,
+    pool: Annotated[str | None, typer.Option(help="File, directory, glob or URL of the training examples.")] = None,
+    target: Annotated[str | None, typer.Option(help="File of the target: what scores are asked for.")] = None,
+    task: Annotated[str | None, typer.Option(help="Your own model: file.py:object, a Task such as ModuleTask.")] = None,
+    model: Annotated[str | None, typer.Option(help="Or a directory of transformers, trained from its weights.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the text, in both files.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of ids in the pool; default: ids from content.")] = None,
+    domain_column: Annotated[str | None, typer.Option(help="Column of domains in the pool.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated: gradcos,trak. Nulls come along.")] = None,
+    out: Out = None, sets: Sets = None, json_: Json = False, quiet: Quiet = False, workers: Workers = None,
+    replace: Replace = False,
+) -> None:  # fmt: skip
+    """Say whether attribution scores can be believed: hold them against real retraining, beside nulls."""
+    flags = {"pool": pool, "target": target, "text": text_column, "ids": id_column, "domain": domain_column}
+    flags |= {"task": task, "model": model}
+    chosen = _chosen(study, flags, sets or [], methods, None)
+    _verify(chosen, out or Path("runs") / f"{chosen.name}-verify", json_, quiet, workers, replace)
+
+
+FLAGS = {
+    "pool": "--pool", "target": "--target", "text": "--text-column", "ids": "--id-column", "domain": "--domain-column",
+    "task": "--task", "model": "--model",
+}  # fmt: skip
+
+
+def _chosen(
+    study: Path | str | None, flags: dict[str, str | None], sets: list[str], methods: str | None, budget: str | None
+) -> Any:
+    """The study of a command: a file with changes, or what the flags say."""
     from assay import study as studies
 
     if study is not None:
-        given = {
-            "--pool": pool,
-            "--target": target,
-            "--text-column": text_column,
-            "--id-column": id_column,
-            "--domain-column": domain_column,
-        }
-        extra = [name for name, value in given.items() if value is not None]
+        extra = [FLAGS[name] for name, value in flags.items() if value is not None]
         if extra:
             raise InputError(
                 f"{', '.join(extra)} do not go with a study file", fix="change the file, or use --set pool.path=..."
             )
-        changes = [*(sets or [])]
+        changes = [*sets]
         changes += [f"budget={json.dumps(budget)}"] if budget is not None else []
         changes += [f"methods={json.dumps(_listed(methods))}"] if methods is not None else []
-        chosen = studies.load(study, changes)
-    else:
-        chosen = studies.parse(
-            studies.override(_flags(pool, target, text_column, id_column, domain_column, methods, budget), sets or [])
-        )
-    _run(chosen, out or Path("runs") / chosen.name, json_, quiet, workers, replace)
+        return _study(str(study), changes)
+    places = (flags[name] for name in ("pool", "target", "text", "ids", "domain"))
+    given = _flags(*places, methods=methods, budget=budget)
+    if flags.get("task") and flags.get("model"):
+        raise InputError("--task and --model are two models", fix="give one of them")
+    if flags.get("task"):
+        given["task"] = {"module": flags["task"]}
+    if flags.get("model"):
+        given["task"] = {"kind": "causal", "model": flags["model"]}
+    return studies.parse(studies.override(given, sets))
 
 
 def _flags(
@@ -357,6 +390,27 @@ def _run(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, r
         terminal.show_result(result)
         typer.echo(f"{terminal.duration(result['wall'])}, {terminal.size(result['peak_rss'])} of memory")
         typer.echo(f"report:   {out / 'report.html'}\ndatasets: {out / 'dataset'}")
+
+
+def _verify(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, replace: bool) -> None:
+    from assay import terminal
+    from assay.report.page import build
+    from assay.trust.run import verify_study
+
+    command = shlex.join(["assay", *sys.argv[1:]])
+    with _watched(out, command, quiet or json_) as bars:
+        begin = terminal.show_intent if isinstance(bars, terminal.Bars) else None
+        result = verify_study(
+            study, out, workers=workers, progress=bars, replace=replace, command=command, report=build, begin=begin
+        )
+    if json_:
+        kept = "name pool target bank methods checks findings level warnings wall peak_rss".split()
+        brief = {k: result[k] for k in kept}
+        typer.echo(json.dumps({**brief, "run": str(out), "report": str(out / "report.html")}))
+    elif not quiet:
+        terminal.show_trust(result)
+        typer.echo(f"{terminal.duration(result['wall'])}, {terminal.size(result['peak_rss'])} of memory")
+        typer.echo(f"report:   {out / 'report.html'}")
 
 
 def _os_error(error: OSError, out: Path | None = None) -> InputError:

@@ -136,7 +136,10 @@ def _ingested(job: Job, what: str) -> tuple[Pool, dict[str, Any]]:
     spec = job.study.pool if what == "pool" else job.study.target
     assert spec.path is not None
     key = spec.model_dump(mode="json", exclude={"path", "sample", "truth"})
-    source = readers.Source(paths=spec.path, **job.study.columns(what))
+    columns = job.study.columns(what)
+    if job.study.task.module is not None:
+        key |= {"columns": [columns["text"], *columns["keep"]]}
+    source = readers.Source(paths=spec.path, **columns)
     step, quarantined, told = read_step(job.run, source, what=what, max_bad=spec.max_bad, key=key)
     if told:
         job.warn(told)
@@ -293,6 +296,11 @@ def run_study(
     job = Job(study, run, workers or local.default_workers(), progress, command)
     try:
         for arm in study.contestants():
+            if arm.grid:
+                raise InputError(
+                    f"{arm.name} has a grid", where="methods", why="a run does not choose options",
+                    fix="name the options to use; `assay verify` chooses among a grid on half of the targets",
+                )  # fmt: skip
             job.methods[arm.name], job.selectors[arm.name] = make(Scorer, arm.method), make(Selector, arm.select)
         with Meter() as meter:
             for stage in STAGES:

@@ -19,6 +19,7 @@ from assay.measure import Measurer, uses_model
 if TYPE_CHECKING:
     from assay.core.task import Task
     from assay.job import Job
+    from assay.study import Study
     from assay.train.recipe import Recipe
 
 
@@ -32,9 +33,7 @@ def train_proxies(job: Job) -> None:
     if wanted:
         # Rows that contain target items are kept from the scoring models too.
         rows = np.flatnonzero(~np.isin(job.pool.ids, job.hits.ids))
-        total = int(job.sizes[rows].sum())
-        steps = spec.steps or max(1, math.ceil(spec.passes * total / spec.recipe.terms_per_step))
-        recipe = spec.recipe.model_copy(update={"steps": steps})
+        recipe = full_recipe(job, job.sizes[rows])
         job.proxies = _proxies(job, task, recipe, rows)
         trajectories = [trajectory(path, recipe, spec.checkpoints) for path in job.proxies]
     study = job.study
@@ -60,6 +59,18 @@ def trajectory(path: Path, recipe: Recipe, checkpoints: int) -> list[Mark]:
         )
         before = step
     return marks
+
+
+def full_recipe(job: Job, sizes: np.ndarray) -> Recipe:
+    """How a scoring model is trained on examples with these numbers of terms."""
+    spec = job.study.proxy
+    steps = spec.steps or max(1, math.ceil(spec.passes * int(sizes.sum()) / spec.recipe.terms_per_step))
+    return spec.recipe.model_copy(update={"steps": steps})
+
+
+def seed_of(study: Study, number: int) -> int:
+    """Seed of a scoring model: its first weights and its order."""
+    return 100_000 + 1000 * study.seed + number
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ def _proxies(job: Job, task: Task, recipe: Recipe, rows: np.ndarray) -> list[Pat
     marks = {"checkpoints": spec.checkpoints} if spec.checkpoints > 1 else {}
     done, missing = [], []
     for k in range(spec.models):
-        own = recipe.with_seed(100_000 + 1000 * job.study.seed + k)
+        own = recipe.with_seed(seed_of(job.study, k))
         key = {
             "task": task.describe(), "pool": job.pool.fingerprint, "recipe": own.spec(),
             "selection": chosen.fingerprint, **marks,

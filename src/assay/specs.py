@@ -83,9 +83,10 @@ class TaskSpec(Spec):
 
     `causal`: a model of transformers. Either `model`, a folder or an id of the hub, with its own tokenizer; or
     `config`, a config.json or a table of the same keys, with a tokenizer of `vocab` tokens trained on the pool.
+    `module`: a Task of the user's.
     """
 
-    kind: Literal["text", "classifier", "convnet", "causal"] = "text"
+    kind: Literal["text", "classifier", "convnet", "causal", "module"] = "text"
     model: str | None = None
     config: str | dict[str, Any] | None = None
     weights: Literal["stored", "random"] = "stored"
@@ -94,6 +95,8 @@ class TaskSpec(Spec):
     pretrain: PretrainSpec = PretrainSpec()
     template: str = "{prompt}\n"
     """What stands before a completion."""
+    module: str | None = None
+    """`file.py:object` or `package.module:object`: a Task, its class, or a function that gives one."""
     vocab: int = pydantic.Field(default=1024, ge=260)
     width: Count = 64
     layers: Count = 3
@@ -118,6 +121,12 @@ class TaskSpec(Spec):
         if self.kind == "convnet":
             return ImageClassifier(shape=self.shape, filters=self.filters, **common)
         return Classifier(inputs=self.inputs, hidden=self.hidden, dropout=self.dropout, **common)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        """A module that is given says the kind."""
+        return {"kind": "module", **data} if isinstance(data, dict) and data.get("module") else data
 
 
 class ProxySpec(Spec):
@@ -151,9 +160,44 @@ class VerifySpec(Spec):
     level: float = pydantic.Field(default=0.95, gt=0, lt=1)
 
 
+Check = Literal["leave_one_out", "removal", "mislabel", "tail_patch", "known_answer"]
+
+
+class LdsSpec(Spec):
+    """How `assay verify` holds scores against retraining: on subsets (LDS), and by further checks."""
+
+    examples: Count = 1000
+    """Most examples of the pool that are used: a keyed sample."""
+    targets: int = pydantic.Field(default=64, ge=2)
+    """Most target examples that are used: half of them choose options, half are reported."""
+    subsets: Count = 60
+    share: float = pydantic.Field(default=0.5, gt=0, lt=1)
+    """Share of the examples in each subset."""
+    seeds: int = pydantic.Field(default=2, ge=1, le=1000)
+    """Trainings of each subset; two or more show how much of a loss is chance."""
+    protocol: Literal["weights", "subset"] = "weights"
+    """`weights`: examples outside a subset keep their places in the order and weigh 0. `subset`: they are not there."""
+    measure: Literal["loss", "margin"] = "loss"
+    level: float = pydantic.Field(default=0.95, gt=0, lt=1)
+    draws: int = pydantic.Field(default=2000, ge=100)
+    """Of the bootstrap."""
+    checks: tuple[Check, ...] | None = None
+    """Further checks; by default all that mean something for the task and the data."""
+    probes: int = pydantic.Field(default=8, ge=2)
+    """Reported targets that removal, tail patch and known answer look at."""
+    removed: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] = (0.01, 0.02, 0.05)
+    """Shares of the pool that removal takes away, each at most half of the target's class."""
+    left_out: int = pydantic.Field(default=64, ge=10)
+    """Examples that leave-one-out leaves out, one by one."""
+    proponents: Count = 8
+    """Best examples of a target that tail patch trains on."""
+
+
 class ArmSpec(Spec):
     """One contestant: a scorer, and how its scores become a set."""
 
     name: FileName
     method: Any
     select: Any = "cut"
+    grid: dict[str, tuple[Any, ...]] = {}
+    """Options to choose among, for `assay verify`: option -> values."""

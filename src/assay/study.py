@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,18 @@ import pydantic
 from assay.core.errors import InputError, nearest
 from assay.core.method import Count, NonNegative, Scorer, Selector, make
 from assay.core.selection import Budget
-from assay.specs import ArmSpec, FileName, PoolSpec, ProxySpec, Spec, TargetSpec, TaskSpec, TrainSpec, VerifySpec
+from assay.specs import (
+    ArmSpec,
+    FileName,
+    LdsSpec,
+    PoolSpec,
+    ProxySpec,
+    Spec,
+    TargetSpec,
+    TaskSpec,
+    TrainSpec,
+    VerifySpec,
+)
 
 DEFAULT_METHODS = ("random", "length", "loss", "exact_dup", "bm25", "loss_diff", "graddot", "trak")
 
@@ -33,6 +46,7 @@ class Study(Spec):
     methods: tuple[Any, ...] = DEFAULT_METHODS
     arms: tuple[ArmSpec, ...] = ()
     verify: VerifySpec = VerifySpec()
+    lds: LdsSpec = LdsSpec()
     batch: Count = 64
     """Most examples in one batch of a scorer."""
     area: Count = 1536
@@ -62,9 +76,24 @@ class Study(Spec):
             "max_chars": spec.max_chars,
         }  # fmt: skip
         if what == "pool":
-            return found | {"image": self.pool.image, "domain": self.pool.domain, "keep": self.pool.keep}
-        group = (self.target.group,) if self.target.group else ()
-        return found | {"keep": tuple(dict.fromkeys((*group, *self.target.keep)))}
+            found |= {"image": self.pool.image, "domain": self.pool.domain, "keep": self.pool.keep}
+        else:
+            group = (self.target.group,) if self.target.group else ()
+            found |= {"keep": tuple(dict.fromkeys((*group, *self.target.keep)))}
+        if self.task.module is not None:
+            # A task of the user's names its columns; the text is read beside them if it was asked for.
+            wanted = getattr(self.user_task, "columns", {})
+            found["keep"] = tuple(dict.fromkeys((*found["keep"], *(name for name in wanted if name != "text"))))
+            found["text"] = spec.text if "text" in wanted or "text" in spec.model_fields_set else None
+        return found
+
+    @cached_property
+    def user_task(self) -> Any:
+        """The Task that `task.module` names."""
+        from assay.train.module import load_task
+
+        assert self.task.module is not None
+        return load_task(self.task.module)
 
     def _reserved(self, arm: ArmSpec) -> bool:
         """Whether an arm bears the name of a baseline that it is not."""
@@ -96,7 +125,7 @@ class Study(Spec):
 
     def spec(self) -> dict[str, Any]:
         """Plain JSON, with the options of every method written out."""
-        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"methods", "arms"}) | {"methods": []}
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"methods", "arms", "lds"}) | {"methods": []}
         for recipe in (plain["train"]["recipe"], plain["proxy"]["recipe"], plain["task"]["pretrain"]["recipe"]):
             for decided in ("steps", "seed"):
                 del recipe[decided]
@@ -114,8 +143,26 @@ def _arm(spec: Any) -> ArmSpec:
         raise InputError(
             f"not a method: {spec!r}", where="methods", fix="give a name, or a table with a name and options"
         )
+    grid: Any = {}
+    if isinstance(spec, Mapping) and "grid" in spec:
+        spec, grid = {k: v for k, v in spec.items() if k != "grid"}, spec["grid"]
+        if not isinstance(grid, Mapping) or not all(isinstance(v, list | tuple) and len(v) for v in grid.values()):
+            fix = "write grid = {damping = [0.01, 0.1, 1.0]}: a list of values for each option"
+            raise InputError(f"unreadable grid of {name!r}: {grid!r}", where="methods", fix=fix)
+        for variant in variants(spec, grid):
+            make(Scorer, variant)
     make(Scorer, spec)
-    return ArmSpec(name=name, method=spec)
+    return ArmSpec(name=name, method=spec, grid={k: tuple(v) for k, v in grid.items()})
+
+
+def variants(spec: Any, grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A method with every combination of the values of its grid.
+
+    >>> variants("trak", {"damping": [0.1, 1.0]})
+    [{'name': 'trak', 'damping': 0.1}, {'name': 'trak', 'damping': 1.0}]
+    """
+    base = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
+    return [base | dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def _random(number: int, seed: int) -> ArmSpec:
@@ -232,6 +279,13 @@ def _check_task(study: Study, where: str) -> None:
     _check_causal(study, where)
     task = study.task
     digits = study.pool.builtin == "digits"
+    if (task.module is not None) != (task.kind == "module"):
+        why = f"task.kind is {task.kind!r}, and task.module is {'missing' if task.module is None else 'given'}"
+        raise InputError(
+            "[task] does not say which model", where=where, why=why, fix="set task.module = 'file.py:object'"
+        )
+    if task.kind == "module":
+        return
     kinds = {"digits": ("classifier",), "images": ("classifier", "convnet")}.get(
         study.pool.builtin or "", ("text", "causal")
     )
@@ -345,11 +399,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise InputError(
             "unreadable study", where=path, why=str(error), fix="it must be a TOML file: `assay init POOL` writes one"
         ) from error
-    for part in ("pool", "target"):
+    for part, keys in (("pool", ("path", "truth")), ("target", ("path",)), ("task", ("module",))):
         table = data.get(part)
         if isinstance(table, dict):
-            for key in ("path", "truth"):
-                if key in table:
+            for key in keys:
+                # A dotted module is no file.
+                if key in table and (key != "module" or ".py:" in str(table[key])):
                     table[key] = _relative(table[key], path.parent)
     task = data.get("task")
     if isinstance(task, dict):

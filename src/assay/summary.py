@@ -113,7 +113,7 @@ def _arm(job: Job, name: str, found: dict[str, Any], domains: np.ndarray, clean:
     selection, method = job.selections[name], job.methods.get(name)
     rows = positions(job.pool.ids, selection.ids)
     training = job.task.training_flops(job.sizes[rows], job.recipe.steps * job.recipe.terms_per_step)
-    flops, seconds = (0.0, 0.0) if method is None else _cost(job, method)
+    flops, seconds = (0.0, 0.0) if method is None else cost(job, method)
     baseline = name.startswith("random-") or name == "everything"
     metrics: dict[str, float] = {}
     for metric in job.judged[name][0]:
@@ -136,11 +136,12 @@ def _arm(job: Job, name: str, found: dict[str, Any], domains: np.ndarray, clean:
     return entry
 
 
-def _cost(job: Job, method: Any) -> tuple[float, float]:
-    """Operations and wall seconds behind a method's scores, scoring models included."""
-    names = closure(job.measurer.path(method, job.pool))
-    if uses_model(method):
-        names += [p.name for p in job.proxies]
+def cost(job: Job, *methods: Any) -> tuple[float, float]:
+    """Operations and wall seconds behind the scores of methods, scoring models included; each step once."""
+    names: dict[str, None] = {}
+    for method in methods:
+        names |= dict.fromkeys(closure(job.measurer.path(method, job.pool)))
+        names |= dict.fromkeys(p.name for p in job.proxies if uses_model(method))
     costs = [job.run.cost(name) for name in names]
     return sum(c["flops"] for c in costs), sum(c["wall"] for c in costs)
 

@@ -42,10 +42,12 @@ def build_task(job: Job) -> None:
 
 
 def built_in(study: Study, tokenizer: str) -> Task:
-    """A task of the house: a decoder with this tokenizer, or a classifier."""
+    """A decoder with this tokenizer, a classifier, or the user's own."""
     from assay.train.models import LanguageModel
 
     spec = study.task
+    if spec.kind == "module":
+        return study.user_task
     if spec.kind != "text":
         return spec.classifier()
     shape = {"width": spec.width, "layers": spec.layers, "heads": spec.heads, "context": spec.context}

@@ -178,6 +178,60 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
     console.print(Text(text, "bold"))
 
 
+def show_intent(trust: Any) -> None:
+    """What a verification is about to do, on standard error, before it takes time."""
+    spec, job = trust.spec, trust.job
+    subset, names = round(spec.share * len(job.pool)), ", ".join(e.name for e in trust.entries)
+    tried = sum(len(e.variants) for e in trust.entries)
+    halves = f"{len(trust.select)} choose options, {len(trust.judge)} are reported"
+    lines = [
+        f"{len(job.pool):,} examples, {len(trust.target)} targets: {halves}",
+        f"{spec.subsets} subsets of {subset:,} x {spec.seeds} seeds = {spec.subsets * spec.seeds} trainings of "
+        f"{trust.recipe.steps} steps, then the checks",
+        f"methods: {names} ({tried} variants)",
+    ]  # fmt: skip
+    console = Console(stderr=True)
+    for line in lines:
+        console.print(Text("  " + line, "dim"))
+
+
+def show_trust(result: dict[str, Any], console: Console | None = None) -> None:
+    """LDS of every method with interval and cost, the checks, and what was found in sentences."""
+    console = console or Console()
+    level, bank = f"{result['level']:.0%} CI", result["bank"]
+    title = f"{result['name']}: LDS on {result['target']['judging']} reported targets, {bank['trainings']} retrainings"
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("method", "LDS", level, "one seed", "verdict", "seconds", "FLOPs"):
+        table.add_column(name, justify="left" if name in ("method", "verdict") else "right", no_wrap=name != "verdict")
+    for row in sorted(result["methods"], key=_rank):
+        if row.get("error"):
+            table.add_row(Text(row["name"]), "-", "", "", Text("cannot be measured", "yellow"), "", "")
+            continue
+        found = row[row["label"]]
+        table.add_row(
+            Text(row["name"], "dim" if row["null"] else ""), f"{found['value']:.3f}",
+            f"{found['ci'][0]:+.2f} .. {found['ci'][1]:+.2f}", f"{row['lds_fixed']['value']:.3f}",
+            Text(row["verdict"], TRUST[row["verdict"]]), f"{row['seconds']:.1f}", f"{row['flops']:.1e}",
+        )  # fmt: skip
+    console.print(table)
+    top = bank["ceiling"]
+    if top["average"] is not None:
+        text = f"ceiling: {top['average']:.3f} (one seed {top['one']:.3f}), what perfect scores could reach"
+        console.print(Text(text, "dim"))
+    for number, sentence in enumerate(result["findings"]):
+        console.print(Text(sentence, "bold" if number == 0 else ""))
+
+
+TRUST = {
+    "beats the nulls": "bold green", "better than random": "green", "no better than random": "yellow",
+    "misleading": "red", "null": "dim",
+}  # fmt: skip
+
+
+def _rank(row: dict[str, Any]) -> float:
+    return 2.0 if row.get("error") else -row[row["label"]]["value"]
+
+
 def show_store(facts: dict[str, Any], console: Console | None = None) -> None:
     """What writing a store took."""
     console = console or Console()

@@ -18,6 +18,8 @@ from assay.core.keys import decode_ids, digest, digest_ids, encode_ids, write_js
 
 # Columns whose bytes make the content id, in this order, when they are present.
 CONTENT = ("text", "image", "pixels", "label")
+# Columns that say where an example comes from, not what it is.
+ABOUT = ("id", "domain", "group", "source", "source_row")
 FORMAT = 1
 
 
@@ -47,8 +49,13 @@ def row_ids(contents: Sequence[str]) -> list[str]:
 
 
 def _contents(table: pa.Table) -> list[str]:
-    """The content id of each row. Raises `InputError` when no column is content: rows without it would all be one."""
-    fields = [table[name].to_pylist() for name in CONTENT if name in table.column_names]
+    """The content id of each row: of the known content columns, or, where there is no text, image or pixels, of all
+    numbers that are not about the row. Raises `InputError` when none is left: rows would then all be one."""
+    known = [name for name in CONTENT if name in table.column_names]
+    if not {"text", "image", "pixels"} & set(known):
+        words = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+        known = [f.name for f in table.schema if f.name not in ABOUT and not any(test(f.type) for test in words)]
+    fields = [table[name].to_pylist() for name in known]
     if not fields:
         raise InputError(
             "the table has no content column", why=f"it has: {', '.join(table.column_names) or 'no columns'}",
@@ -187,6 +194,15 @@ class Pool:
         if self._span is not None and isinstance(index, slice) and index.step in (None, 1) and len(view):
             view._span = int(view._rows[0]), int(view._rows[-1]) + 1
         return view
+
+    def beside(self, other: Pool) -> Pool:
+        """These rows, then those of another view of the same stored rows."""
+        assert self._store is other._store, "two views of one pool"
+        ids, contents, rows = (
+            np.concatenate(pair)
+            for pair in ((self.ids, other.ids), (self.contents, other.contents), (self._rows, other._rows))
+        )
+        return Pool(self._store, ids, contents, rows)
 
     def take(self, ids: Iterable[str | bytes]) -> Pool:
         """The rows with these ids, in the order given. Raises `InputError` for an unknown id."""

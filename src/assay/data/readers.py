@@ -135,7 +135,7 @@ def _columns(source: Source) -> list[str]:
 def _check_source(source: Source) -> None:
     if (source.prompt is None) != (source.completion is None):
         raise InputError("prompt and completion go together", fix="name the columns of both")
-    if source.text is None and source.image is None and source.completion is None:
+    if source.text is None and source.image is None and source.completion is None and not source.keep:
         raise InputError("neither a text nor an image column is named", fix="text='...' or image='...'")
     for name in source.keep:
         if name in OUTPUT or source.keep.count(name) > 1:

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from assay.core.task import Task
     from assay.numerics.project import Sketch
 
-# What losses are multiplied by in float16, and gradients divided by after: without it a token's share of the gradient
-# is below the least number that float16 has.
-SCALE = 2.0**12
 # Examples on which the engine is compared with plain backward passes, before anything is computed with it.
 PROBE = 6
 
@@ -53,8 +50,8 @@ class Gradients(Featurizer):
         - p); layers = 'linear' leaves out embeddings, norms and convolutions; metric multiplies gradients by
         v_hat^-exponent of the scoring model's optimiser: at 1/4 products are those of Adam's metric, at 1/2 gradients
         are in units of their own size ('adam' forms each gradient whole, 'adafactor' takes the best rank-one v_hat and
-        costs nothing; momentum only scales, so 'sgd' is its metric too); 'bfloat16' and 'float16' run the model in it
-        and sum in float32; checkpoint: which mark of the scoring model's training run is read, from 0, -1 for the last
+        costs nothing; momentum only scales, so 'sgd' is its metric too); 'bfloat16' runs the model in it and sums in
+        float32; checkpoint: which mark of the scoring model's training run is read, from 0, -1 for the last
     """
 
     projection: Literal["sparse", "factored", "masked", "dense", "exact"] = "factored"
@@ -67,7 +64,7 @@ class Gradients(Featurizer):
     layers: Literal["all", "linear"] = "all"
     metric: Literal["sgd", "adam", "adafactor"] = "sgd"
     exponent: Positive = 0.25
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
 
     cost: ClassVar[Cost] = "gradient"
@@ -161,11 +158,9 @@ class Gradients(Featurizer):
         inputs = batch.inputs
         if self.device == "cuda":
             inputs = {k: v.pin_memory().to("cuda", non_blocking=True) for k, v in inputs.items()}
-        measure, scale = self._measure(state), SCALE if self.precision == "float16" else 1.0
-        half = torch.float16 if self.precision == "float16" else torch.bfloat16
-        with torch.autocast(self.device, half, enabled=self.precision != "float32"):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
             found, _ = gradients(
-                state.task.module, lambda p, b: measure(p, b) * scale, state.params, inputs, state.sketch,
+                state.task.module, self._measure(state), state.params, inputs, state.sketch,
                 only=set(state.only), fallback=set(state.fallback), metric=state.metric,
             )  # fmt: skip
-        return flatten(found, state.sketch) / scale
+        return flatten(found, state.sketch)

@@ -105,9 +105,10 @@ def build(run: Path) -> Path:
         why = f"not complete JSON: {problem}"
         raise InputError("the result cannot be read", where=source, why=why, fix=fix) from None
     check(result, source)
+    drawn = render(result)
     aside = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        aside.write_text(render(result), encoding="utf-8")
+        aside.write_text(drawn, encoding="utf-8")
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
@@ -121,10 +122,19 @@ def check(result: Any, where: object = "result.json") -> None:
         why = f"its format is {known!r}, this version of assay reads {FORMAT}"
         fix = "build the report with the version of assay that made the run, or repeat the run with this one"
         raise InputError("the result is of another format", where=where, why=why, fix=fix)
-    fault = next(_faults(result, SCHEMA, ""), None)
+    fault = next(_faults(result, _schema(result), ""), None)
     if fault:
         fix = "repeat the run's command; it continues where it stopped and writes the result anew"
         raise InputError("the result is incomplete", where=where, why=fault, fix=fix)
+
+
+def _schema(result: dict) -> dict[str, Any]:
+    """What the result of this kind of run must hold."""
+    if result.get("kind") != "verify":
+        return SCHEMA
+    from assay.report import trust
+
+    return trust.SCHEMA
 
 
 def _faults(value: Any, spec: Any, path: str) -> Iterator[str]:
@@ -354,6 +364,11 @@ def _shortened(value: Any, limit: int) -> Any:
 def render(result: dict) -> str:
     """The page as text, under ten megabytes whatever the run holds."""
     page = ""
+    if result.get("kind") == "verify":
+        from assay.report import trust
+
+        held = _shortened(result, Limits.text)
+        return _environment().get_template("trust.html").render(trust.view(held)).lstrip()
     for limits in LEVELS:
         page = _environment().get_template("template.html").render(_view(result, limits)).lstrip()
         if len(page.encode()) < LARGEST:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import os
+import sys
 from abc import abstractmethod
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from assay.core.errors import InputError
+from assay.core.errors import InputError, nearest
 from assay.core.keys import digest
 from assay.core.pool import Pool
 from assay.core.task import Encoded, Inputs, Params, Task
@@ -139,6 +142,44 @@ class ModuleTask(Task):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.per_example(self.module, _as_params(batch, dict(self.module.named_parameters())))
         return float(counter.get_total_flops())
+
+
+def load_task(where: str) -> Task:
+    """The Task that `file.py:object` or `package.module:object` names: an object, a class, or a function giving one.
+
+    The file's folder joins the search path, so that workers find the module too. Raises `InputError`.
+    """
+    module, found, name = where.rpartition(":")
+    fix = "write file.py:object or package.module:object, the object a Task such as a ModuleTask"
+    if not found or not name or not module:
+        raise InputError(f"unreadable task {where!r}", fix=fix)
+    path = Path(module)
+    folder, dotted = (str(path.resolve().parent), path.stem) if path.suffix == ".py" else (os.getcwd(), module)
+    if path.suffix == ".py" and not path.is_file():
+        raise InputError("no such file", where=module, fix=fix)
+    sys.path[:0] = [folder] if folder not in sys.path else []
+    try:
+        held = importlib.import_module(dotted)
+    except Exception as error:  # whatever the user's file raises
+        raise InputError(
+            "the module of the task cannot be imported", where=module, why=f"{type(error).__name__}: {error}",
+            fix="mend the file: `python -c 'import ...'` must work in its folder",
+        ) from error  # fmt: skip
+    if path.suffix == ".py" and Path(str(held.__file__)).resolve() != path.resolve():
+        raise InputError(f"another module is called {dotted!r}", where=str(held.__file__), fix="rename your file")
+    if not hasattr(held, name):
+        raise InputError(f"{module} has no {name!r}", fix=nearest(name, [n for n in vars(held) if n[0] != "_"]))
+    value = getattr(held, name)
+    if not isinstance(value, Task) and callable(value):
+        try:
+            value = value()
+        except TypeError as error:
+            raise InputError(
+                f"{name} gives no task", where=where, why=str(error), fix="give one that takes nothing"
+            ) from error
+    if not isinstance(value, Task):
+        raise InputError(f"{name!r} is no Task but {type(value).__name__}", where=where, fix=fix)
+    return value
 
 
 def _as_params(batch: Inputs, params: Params) -> Inputs:

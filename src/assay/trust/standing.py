@@ -1,0 +1,130 @@
+"""The LDS of every contestant: options chosen on one half of the targets, figures on the other, nulls beside."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from assay.core.errors import InputError
+from assay.core.keys import digest_ids
+from assay.numerics import lds
+from assay.summary import cost
+from assay.trust.contest import RANDOM, Entry, scores
+from assay.trust.ground import Trust, protocol, retrained
+
+Verdict = Literal["beats the nulls", "better than random", "no better than random", "misleading", "null"]
+
+
+def train_bank(trust: Trust) -> None:
+    """The truth: what the model does on the targets after training on each random subset."""
+    from assay.train.bank import subsets
+
+    spec, job = trust.spec, trust.job
+    trust.masks = subsets(job.pool.ids, spec.subsets, spec.share, job.study.seed)
+    trust.values, spent = retrained(trust, trust.masks, "retrain on subsets")
+    reported = trust.values[:, :, trust.judge]
+    facts = {**protocol(trust), "share": spec.share, "level": spec.level, "targets": digest_ids(trust.target.ids)}
+    top = lds.ceiling(reported)
+    trust.facts["bank"] = {
+        "subsets": spec.subsets, "share": spec.share, "examples": int(trust.masks[0].sum()), "seeds": spec.seeds,
+        "protocol": spec.protocol, "measure": spec.measure, "trainings": spec.subsets * spec.seeds,
+        "fingerprint": lds.fingerprint(facts, trust.masks), "seconds": spent["wall"], "flops": spent["flops"],
+        "steps": trust.recipe.steps, "terms_per_step": trust.recipe.terms_per_step,
+        "recipe": trust.recipe.spec(), "ceiling": {"one": top.one, "average": top.average},
+    }  # fmt: skip
+
+
+def score(trust: Trust) -> None:
+    """Every variant's scores; of each entry the variant with the best LDS on the selecting half is kept."""
+    job = trust.job
+    for entry in trust.entries:
+        found = []
+        for method, about in zip(entry.variants, entry.tried, strict=True):
+            values, single = scores(job, method)
+            about["each"] = single
+            try:
+                about["selecting"] = float(np.mean(_lds(trust, values, trust.select)))
+            except InputError as error:
+                about["error"] = str(error)
+            found.append(values)
+        usable = [k for k, about in enumerate(entry.tried) if "selecting" in about]
+        entry.error = "" if usable else str(entry.tried[0]["error"])
+        entry.chosen = max(usable, key=lambda k: entry.tried[k]["selecting"], default=0)
+        entry.scores = found[entry.chosen]
+    job.warnings += [m for m in job.measurer.warnings if m not in job.warnings]
+
+
+def _lds(trust: Trust, values: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Of the mean over seeds, by target; no interval."""
+    return lds.lds(trust.masks, values[:, columns], trust.values[:, :, columns].mean(axis=1))
+
+
+def standing(trust: Trust) -> list[dict[str, Any]]:
+    """A row for each entry: both figures on the reported half, what it gains over the nulls, verdict and cost."""
+    label: lds.Label = "lds_avg" if trust.spec.seeds > 1 else "lds_fixed"
+    measured = {e.name: _measured(trust, e) for e in trust.entries if not e.error}
+    best = _best_null(trust)
+    rows = []
+    for entry in trust.entries:
+        row = _about(trust, entry)
+        if entry.error or entry.name not in measured:
+            rows.append(row | {"error": entry.error})
+            continue
+        own = measured[entry.name]
+        row |= {
+            name: {"value": found.value, "ci": [found.low, found.high], "by_target": found.by_target.tolist()}
+            for name, found in own.items()
+        }
+        for what, other in (("over_random", RANDOM), ("over_null", best)):
+            if other in measured and other != entry.name:
+                value, low, high = lds.difference(own[label], measured[other][label])
+                row[what] = {"name": other, "value": value, "ci": [low, high]}
+        rows.append(row | {"verdict": verdict(row, label), "label": label})
+    return rows
+
+
+def _measured(trust: Trust, entry: Entry) -> dict[str, lds.Lds]:
+    spec, columns = trust.spec, trust.judge
+    labels: tuple[lds.Label, ...] = ("lds_fixed", "lds_avg") if spec.seeds > 1 else ("lds_fixed",)
+    try:
+        return {
+            label: lds.score(
+                trust.masks, entry.scores[:, columns], trust.values[:, :, columns], label=label, level=spec.level,
+                draws=spec.draws, seed=trust.job.study.seed, fingerprint=trust.facts["bank"]["fingerprint"],
+            )
+            for label in labels
+        }  # fmt: skip
+    except InputError as error:
+        entry.error = str(error)
+        return {}
+
+
+def _best_null(trust: Trust) -> str:
+    """The null that does best on the selecting half: naming it after the figures that are reported would be a peek."""
+    ranked = [(e.tried[e.chosen]["selecting"], e.name) for e in trust.entries if e.null and not e.error]
+    return max(ranked, default=(0.0, RANDOM))[1]
+
+
+def verdict(row: dict[str, Any], label: str) -> Verdict:
+    """In words. Random scores have an LDS of zero, so what has zero in its interval is no better."""
+    low, high = row[label]["ci"]
+    if row["null"]:
+        return "null"
+    if low <= 0:
+        return "misleading" if high < 0 else "no better than random"
+    over = row.get("over_null")
+    return "beats the nulls" if over and over["ci"][0] > 0 else "better than random"
+
+
+def _about(trust: Trust, entry: Entry) -> dict[str, Any]:
+    """Options and costs; scoring models are part of the cost of whoever reads them."""
+    flops, seconds = cost(trust.job, entry.method)
+    assert trust.job.task is not None
+    one = trust.job.task.training_flops(trust.job.sizes, trust.recipe.steps * trust.recipe.terms_per_step)
+    return {
+        "name": entry.name, "null": entry.null, "options": entry.method.spec(), "cost_class": entry.method.cost,
+        "each": entry.tried[entry.chosen].get("each", False), "seconds": seconds, "flops": flops,
+        "trainings": flops / one, "tuning_seconds": cost(trust.job, *entry.variants)[1],
+        "tried": entry.tried if len(entry.tried) > 1 else [],
+    }  # fmt: skip
