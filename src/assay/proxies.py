@@ -35,7 +35,7 @@ def train_proxies(job: Job) -> None:
         rows = np.flatnonzero(~np.isin(job.pool.ids, job.hits.ids))
         recipe = full_recipe(job, job.sizes[rows])
         job.proxies = _proxies(job, task, recipe, rows)
-        trajectories = [trajectory(path, recipe, spec.checkpoints) for path in job.proxies]
+        trajectories = [trajectory(path, recipe, spec.checkpoints, spec.weight) for path in job.proxies]
     study = job.study
     job.measurer = Measurer(
         job.run, job.pool, job.target.selecting, seed=study.seed, task=task, encodings=job.encodings,
@@ -46,11 +46,15 @@ def train_proxies(job: Job) -> None:
     )  # fmt: skip
 
 
-def trajectory(path: Path, recipe: Recipe, checkpoints: int) -> list[Mark]:
+def trajectory(path: Path, recipe: Recipe, checkpoints: int, weight: float = 1.0) -> list[Mark]:
     """The marks that a training run left in its folder, in time order."""
     from assay.train.loop import load, mark_file, mark_steps
 
-    about, marks, before = {"betas": recipe.betas, "eps": recipe.eps}, [], 0
+    inertia = recipe.momentum if recipe.optimiser == "momentum" else 0.0
+    about = {
+        "betas": recipe.betas, "eps": recipe.eps, "inertia": inertia, "decay": recipe.weight_decay, "weight": weight,
+    }  # fmt: skip
+    marks, before = [], 0
     for step in mark_steps(recipe.steps, checkpoints):
         trained = load(path / "checkpoint.safetensors" if step == recipe.steps else mark_file(path, step))
         rate = sum(recipe.rate(k) for k in range(before, step))

@@ -83,11 +83,21 @@ def test_a_short_run_gives_the_sum_of_dot_products(three: World, tmp_path: Path)
     near(got, sum((p.rate * slopes(three, p)[0] @ slope for p in run), torch.zeros(N)) / N, 1e-5)
 
 
-def test_momentum_lengthens_the_run(three: World, tmp_path: Path) -> None:  # noqa: F811
-    plain = scores(three, tmp_path / "plain", path(three, 5.0, 10.0))
-    near(scores(three, tmp_path / "heavy", path(three, 0.5, 1.0), momentum=0.9), plain, 1e-9)
+def test_momentum_decay_and_weight_are_the_runs_own(three: World, tmp_path: Path) -> None:  # noqa: F811
+    """A run with momentum .9 goes ten times as far; at half the data weight curvature is half, and decay is not."""
+    plain = scores(three, tmp_path / "plain", path(three, 5.0, 10.0), weight_decay=0.02)
+    heavy = path(three, 0.5, 1.0)
+    near(scores(three, tmp_path / "told", heavy, momentum=0.9, weight_decay=0.02), plain, 1e-9)
+    for mark in heavy:
+        mark.optimiser.update(inertia=0.9, decay=0.02)
+    near(scores(three, tmp_path / "known", heavy), plain, 1e-9)
+    # The flow of (x / 2 + d) for a time is half of that of (x + 2 d) for half of it, twice over.
+    light = path(three, 10.0, 20.0)
+    for mark in light:
+        mark.optimiser.update(decay=0.01, weight=0.5)
+    near(scores(three, tmp_path / "light", light), 2 * plain, 1e-9)
     with pytest.raises(InputError, match="momentum"):
-        scores(three, tmp_path / "wrong", path(three, 0.5), momentum=1.0)
+        scores(three, tmp_path / "wrong", heavy, momentum=1.0)
 
 
 def test_a_long_run_gives_the_influence_function(three: World, tmp_path: Path) -> None:  # noqa: F811

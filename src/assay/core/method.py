@@ -73,7 +73,8 @@ class Context(Protocol):
     models: list[dict[str, Any]]
     optimisers: list[dict[str, Any]]
     """The state of each scoring model's optimiser: slots (`mean`, `square`, `momentum`) -> name -> tensor, and the
-    numbers `steps`, `betas`, `eps`; empty where it is not known."""
+    numbers `steps`, `betas`, `eps`, `inertia` (of momentum, else 0), `decay` of weights and data `weight`; empty where
+    it is not known."""
     trajectories: list[list[Mark]]
     """For each scoring model the marks of its training run in time order; the last one is the model itself. A model of
     unknown history has one mark of one step at rate 1."""

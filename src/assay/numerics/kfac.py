@@ -150,6 +150,8 @@ class Factors:
     terms: float
     share: float = 1.0
     """Part of the squared gradient norm that lies in the blocks, measured on a few examples."""
+    fallback: tuple[str, ...] = ()
+    """Parameters whose gradients go without rules."""
 
     @property
     def names(self) -> list[str]:
@@ -186,21 +188,42 @@ def damped(damping: float, decay: float = 0.0) -> Callable[[Tensor], Tensor]:
     return function
 
 
-def gathered(span: float, decay: float = 0.0) -> Callable[[Tensor], Tensor]:
-    """x -> (1 - e^(-span (x + decay))) / (x + decay): what a constant push adds up to in gradient flow of this span."""
+def shifted(shift: float) -> Callable[[Tensor], Tensor]:
+    """Eigenvalues to 1 / (x + shift), all of them positive: for a preconditioner, which must not lose a direction."""
 
     def function(values: Tensor) -> Tensor:
-        x = values + decay
-        # For small arguments the quotient is 0 / 0, and two terms of its series are exact.
-        small = span * x < 1e-6
-        return torch.where(small, span * (1 - span * x / 2), -torch.expm1(-span * x) / x.masked_fill(small, 1.0))
+        least = torch.finfo(values.dtype).eps * float(values.max())
+        return 1 / (values + shift).clamp_min(least or 1.0)
 
     return function
 
 
-def faded(span: float, decay: float = 0.0) -> Callable[[Tensor], Tensor]:
-    """x -> e^(-span (x + decay)): what is left of a change after gradient flow of this length."""
-    return lambda values: torch.exp(-span * (values + decay))
+def parted(v: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Columns `[p, k]` over parameters end to end as directions `[k, *shape]` by name."""
+    parts = v.T.split([p.numel() for p in like.values()], dim=1)
+    return {n: part.reshape(-1, *p.shape) for (n, p), part in zip(like.items(), parts, strict=True)}
+
+
+def joined(given: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of `parted`."""
+    return torch.cat([given[n].flatten(1) for n in like], dim=1).T.contiguous()
+
+
+def gathered(span: float, decay: float = 0.0, weight: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """x -> (1 - e^(-span y)) / y, y = weight x + decay: what a constant push adds up to in a gradient flow so long."""
+
+    def function(values: Tensor) -> Tensor:
+        y = weight * values + decay
+        # For small arguments the quotient is 0 / 0, and two terms of its series are exact.
+        small = span * y < 1e-6
+        return torch.where(small, span * (1 - span * y / 2), -torch.expm1(-span * y) / y.masked_fill(small, 1.0))
+
+    return function
+
+
+def faded(span: float, decay: float = 0.0, weight: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """x -> e^(-span (weight x + decay)): what is left of a change after a gradient flow so long."""
+    return lambda values: torch.exp(-span * (weight * values + decay))
 
 
 def scaled(given: Mapping[str, Tensor], metric: Metric, *, inverse: bool = False) -> dict[str, Tensor]:
@@ -229,10 +252,10 @@ def assembled(
     return Factors(found, examples, float(corrections["terms"]))
 
 
-def united(groups: Sequence[Factors], share: float) -> Factors:
+def united(groups: Sequence[Factors], share: float, fallback: tuple[str, ...]) -> Factors:
     """Factors of groups of blocks, fitted on the same examples, as one."""
     blocks = {n: f for group in groups for n, f in group.blocks.items()}
-    return Factors(blocks, groups[0].examples, groups[0].terms, share)
+    return Factors(blocks, groups[0].examples, groups[0].terms, share, fallback)
 
 
 def footprint(blocks: Sequence[Block], size: int, itemsize: int = 4) -> dict[str, int]:

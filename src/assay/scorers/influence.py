@@ -35,21 +35,26 @@ class Influence(Scorer):
     """Influence function: the first-order change of the target loss at the new optimum when an example gains weight.
 
     Formula: s_i = (1/N) grad f^T (H + damping tr(H)/p I)^-1 grad loss_i, f = mean target loss,
-        H = (1/N) sum_j d2 loss_j + weight_decay I
+        H = (1/N) sum_j d2 loss_j + weight_decay I; kfac, ekfac: sum over layers, H and its mean eigenvalue of each
     Reference: Koh & Liang 2017, arXiv:1703.04730; damping relative to the mean eigenvalue as in Grosse et al. 2023,
-        arXiv:2308.03296; lissa Agarwal et al. 2017, arXiv:1602.03943; arnoldi Schioppa et al. 2022, arXiv:2112.03052
+        arXiv:2308.03296; lissa Agarwal et al. 2017, arXiv:1602.03943; arnoldi Schioppa et al. 2022, arXiv:2112.03052;
+        kfac Martens & Grosse 2015, arXiv:1503.05671; ekfac George et al. 2018, arXiv:1806.03884
     Note: every solver sums over the whole pool in each product and reports its residual. 'exact' factorises H, up to
         20,000 weights; 'cg' solves by products, with precondition = 'subspace' after 2 x rank of them that find the
         largest eigenvalues (a good rank is the number of columns); 'lissa' sums the Neumann series, its scale found by
         power iteration, in full batches or in keyed minibatches of so many examples; 'arnoldi' keeps the top `rank`
-        eigenvalues of `limit` products and takes the rest of H for zero (damping = 0: leaves the rest out). curvature
+        eigenvalues of `limit` products and takes the rest of H for zero (damping = 0: leaves the rest out).
+        'kfac' and 'ekfac' take two passes over the pool and no products: the Fisher information of each layer as a
+        Kronecker product, or diagonal in its basis, each term of the pool counting once as in training, sides cut into
+        pieces of at most `block`, `draws` labels for each term (0: 10,000 in all), of models of any size (precision =
+        'float32' halves their time); precondition = 'ekfac' has them ease the way of CG. curvature
         'ggn' drops the model's own bend; 'fisher' is made from labels drawn from the model, 'empirical' from the given
         ones. measure = 'margin' takes f = -margin, for classifiers; targets = 'each' gives a column for each target
         example; layers = 'linear' holds all others fixed. tr(H) is exact where H's rows fit into memory, else
         estimated from 16 products. Averaged over the scoring models
     """
 
-    solver: Literal["exact", "cg", "lissa", "arnoldi"] = "cg"
+    solver: Literal["exact", "cg", "lissa", "arnoldi", "kfac", "ekfac"] = "cg"
     curvature: Literal["hessian", "ggn", "fisher", "empirical"] = "ggn"
     targets: Targets = "mean"
     measure: Literal["loss", "margin"] = "loss"
@@ -59,7 +64,9 @@ class Influence(Scorer):
     tolerance: Positive = 1e-6
     limit: Count = 1000
     rank: Count = 100
-    precondition: Literal["none", "subspace"] = "subspace"
+    precondition: Literal["none", "subspace", "ekfac"] = "subspace"
+    block: Count = 512
+    draws: int = 0
     minibatch: int = 0
     seed: int = 0
     precision: Literal["float64", "float32"] = "float64"
@@ -80,21 +87,23 @@ class Influence(Scorer):
             )  # fmt: skip
         names = tuple(parameters(context.task, context.models[0], self.layers))
         models = []
-        for params in context.models:
+        for index, params in enumerate(context.models):
             held = {n: p.to(getattr(torch, self.precision)) for n, p in params.items()}
-            models.append((held, self._directions(context, held, names) / len(context.pool)))
+            models.append((held, self._directions(context, held, names, index) / len(context.pool)))
         return _State(context.task, target_columns(context, self.targets), names, models)
 
     def columns(self, state: _State) -> tuple[str, ...]:
         return state.columns
 
-    def _directions(self, context: Context, params: Any, names: tuple[str, ...]) -> Tensor:
+    def _directions(self, context: Context, params: Any, names: tuple[str, ...], index: int) -> Tensor:
         """(H + damping)^-1 grad f, `[p, c]`."""
         from assay.numerics.curvature import reading, slopes
 
         f, inputs = reading(context.task, self.measure), (batch.inputs for batch in context.batches(context.target))
         v = slopes(context.task, params, inputs, f, names, each=self.targets == "each")
-        solution = self._solved(context, params, names, v)
+        if self.solver in ("kfac", "ekfac"):
+            return self._factored(context, params, names, index)(v)
+        solution = self._solved(context, params, names, v, index)
         poor = POOR if self.solver == "arnoldi" else SHORT * self.tolerance
         said = f"{solution.iterations} products, residual {solution.residual:.1e}, damping {solution.damping:.3g}"
         if not solution.residual <= poor:
@@ -108,7 +117,7 @@ class Influence(Scorer):
         )  # fmt: skip
         return solution.x
 
-    def _solved(self, context: Context, params: Any, names: tuple[str, ...], v: Tensor) -> Solution:
+    def _solved(self, context: Context, params: Any, names: tuple[str, ...], v: Tensor, index: int) -> Solution:
         from assay.numerics import solve
 
         operator = self._operator(context, params, names)
@@ -127,9 +136,8 @@ class Influence(Scorer):
             damping = solve.relative_damping(self.damping, operator.trace(), operator.size)
             how: dict[str, Any] = {"damping": damping, "limit": self.limit}
             if self.solver == "cg":
-                solution = solve.cg(
-                    operator.product, v, tolerance=self.tolerance, precondition=self._eased(operator, damping), **how
-                )
+                eased = self._eased(context, operator, damping, index)
+                solution = solve.cg(operator.product, v, tolerance=self.tolerance, precondition=eased, **how)
             elif self.solver == "lissa":
                 sampled = self._sampled(context, params, names) if self.minibatch else None
                 solution = solve.lissa(operator.product, v, tolerance=self.tolerance, sampled=sampled, **how)
@@ -138,15 +146,48 @@ class Influence(Scorer):
         context.spent(operator.flops(context.task.forward_flops(context.encoded(context.pool).sizes)))
         return solution
 
-    def _eased(self, operator: Operator, damping: float) -> Any:
+    def _eased(self, context: Context, operator: Operator, damping: float, index: int) -> Any:
         """The preconditioner of CG, or None."""
         from assay.numerics.operator import flat
         from assay.numerics.solve import subspace
 
         if self.precondition == "none":
             return None
+        if self.precondition == "ekfac":
+            params = {**context.models[index], **operator.params}
+            return self._factored(context, params, tuple(operator.params), index, shift=damping)
         dtype = flat(operator.params).dtype
         return subspace(operator.product, operator.size, min(self.rank, operator.size), damping, dtype=dtype)
+
+    def _factored(
+        self, context: Context, params: Any, names: tuple[str, ...], index: int, shift: float | None = None
+    ) -> Any:
+        """v -> (H + damping)^-1 v over columns `[p, c]` by Kronecker factors; `shift` is damping that is no share."""
+        from assay.numerics.kfac import damped, joined, parted, shifted
+        from assay.train.factors import Fisher, fit, passes
+
+        if self.curvature == "hessian":
+            raise InputError(
+                "influence: Kronecker factors are of Fisher information", why="curvature is 'hessian'",
+                fix="curvature = 'fisher', or 'empirical'; or solver = 'cg'",
+            )  # fmt: skip
+        labels = "true" if self.curvature == "empirical" else "sampled"
+        fisher = Fisher(labels=labels, draws=self.draws, block=self.block, seed=self.seed)
+        pool, encoded = context.pool, context.encoded(context.pool)
+        path = context.folder / f"factors-{index}"
+        factors = fit(context.task, [params], encoded, pool.ids, fisher, only=set(names), path=path)
+        context.spent(passes(fisher, encoded) * context.task.forward_flops(encoded.sizes))
+        context.note(
+            "influence: Kronecker factors",
+            f"{len(factors.blocks)} blocks with {100 * factors.share:.1f}% of the squared gradient norm",
+            share=factors.share, blocks=len(factors.blocks),
+        )  # fmt: skip
+        own = {n: params[n] for n in names}
+        if shift is None:
+            function, kind = damped(self.damping, self.weight_decay), "kfac" if self.solver == "kfac" else "ekfac"
+        else:
+            function, kind = shifted(shift + self.weight_decay), "ekfac"
+        return lambda v: joined(factors.apply(function, parted(v, own), kind), own)
 
     def _operator(self, context: Context, params: Any, names: tuple[str, ...]) -> Operator:
         from assay.core.keys import hash_ids

@@ -13,15 +13,16 @@ from assay.core.method import Batch, Context, Cost, Count, NonNegative, Scorer, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Directions = dict[str, Tensor]
+    _Mark = tuple[dict[str, Tensor], dict[str, Tensor], frozenset[str]]
 
 
 @dataclass(frozen=True)
 class _State:
     task: Any
     columns: tuple[str, ...]
-    marks: list[tuple[dict[str, Tensor], Directions]]
-    """Each checkpoint and its directions `[c, *shape]` by name, 1/N and all shares of it included."""
+    marks: list[_Mark]
+    """Each checkpoint, its directions `[c, *shape]` by name, 1/N and all shares of it included, and the parameters
+    that go without rules."""
 
     @property
     def passes(self) -> float:
@@ -34,13 +35,15 @@ class Source(Scorer):
 
     Formula: s_i = (1/N) sum over segments l of v_l^T F_l(H_l) mean over its checkpoints of grad loss_i,
         F_l(x) = (1 - e^(-tau_l x)) / x, v_(l-1) = e^(-tau_l H_l) v_l, v_L = grad f; tau_l = sum of the segment's
-        learning rates / (1 - momentum); H_l = weight_decay I + the Fisher information by EK-FAC
+        learning rates / (1 - momentum); H_l = weight_decay I + w x the Fisher information by EK-FAC, w the data
+        weight that the scoring model was trained at
     Reference: Bae et al. 2024, arXiv:2405.12186
     Note: checkpoints are those of proxy.checkpoints, cut into `segments` of like number (fewer where there are fewer);
-        a short run gives what TracIn gives, a long one influence functions without damping. metric = 'adafactor' is for
-        runs by AdamW: all of it in the metric of the best rank-one second moments, segment by segment. measure =
-        'margin' takes f = -margin, for classifiers; targets = 'each' gives a column for each target example; averaged
-        over the scoring models
+        momentum and weight_decay are the run's own unless told; a short run gives what TracIn gives, a long one
+        influence functions without damping. metric = 'adafactor' is for runs by AdamW: all of it in the metric of the
+        best rank-one second moments, segment by segment. Sides of layers are cut into pieces of at most `block`, with
+        `draws` labels for each term (0: 10,000 in all). measure = 'margin' takes f = -margin, for classifiers; targets
+        = 'each' gives a column for each target example; averaged over the scoring models
     """
 
     segments: Count = 6
@@ -51,8 +54,8 @@ class Source(Scorer):
     labels: Literal["sampled", "true"] = "sampled"
     draws: int = 0
     block: Count = 512
-    momentum: NonNegative = 0.0
-    weight_decay: NonNegative = 0.0
+    momentum: NonNegative | None = None
+    weight_decay: NonNegative | None = None
     seed: int = 0
 
     cost: ClassVar[Cost] = "gradient"
@@ -60,7 +63,7 @@ class Source(Scorer):
     measures_utility: ClassVar[bool] = True
 
     def init(self, context: Context) -> _State:
-        if self.momentum >= 1:
+        if self.momentum is not None and self.momentum >= 1:
             raise InputError(
                 f"source: momentum = {self.momentum}",
                 why="steps add up to rate / (1 - momentum)",
@@ -68,41 +71,49 @@ class Source(Scorer):
             )
         marks = []
         for k, run in enumerate(context.trajectories):
-            for params, directions in self._unrolled(context, k, run):
+            for params, directions, fallback in self._unrolled(context, k, run):
                 share = 1 / (len(context.trajectories) * len(context.pool))
-                marks.append((params, {n: share * d for n, d in directions.items()}))
+                marks.append((params, {n: share * d for n, d in directions.items()}, fallback))
         return _State(context.task, target_columns(context, self.targets), marks)
 
     def columns(self, state: _State) -> tuple[str, ...]:
         return state.columns
 
-    def _unrolled(self, context: Context, k: int, run: list[Any]) -> list[tuple[dict[str, Tensor], Directions]]:
+    def _unrolled(self, context: Context, k: int, run: list[Any]) -> list[_Mark]:
         """Checkpoints of one run with their directions, from the last segment to the first."""
         from assay.numerics.kfac import faded, gathered, scaled
-        from assay.train.factors import Fisher, fit, target_gradients
+        from assay.train.factors import Fisher, fit, passes, target_gradients
 
         fisher = Fisher(labels=self.labels, draws=self.draws, block=self.block, seed=self.seed)
-        names, found = self._names(context), []
+        names, found, encoded = self._names(context), [], context.encoded(context.pool)
         v = target_gradients(context, run[-1].params, names, measure=self.measure, each=self.targets == "each")
         parts = np.array_split(np.arange(len(run)), min(self.segments, len(run)))
         for index in range(len(parts) - 1, -1, -1):
             segment = [run[i] for i in parts[index]]
             metric = self._metric(segment[-1].optimiser)
+            path = context.folder / f"factors-{k}-{index}"
             factors = fit(
-                context.task, [mark.params for mark in segment], context.encoded(context.pool), context.pool.ids,
-                fisher, only=names, metric=metric, path=context.folder / f"factors-{k}-{index}",
+                context.task, [mark.params for mark in segment], encoded, context.pool.ids, fisher, only=names,
+                metric=metric, path=path,
             )  # fmt: skip
-            context.spent(2 * len(segment) * 4 * context.task.forward_flops(context.encoded(context.pool).sizes))
-            span = sum(mark.rate for mark in segment) / (1 - self.momentum)
-            turned = scaled(v, metric)
-            directions = scaled(factors.apply(gathered(span, self.weight_decay), turned), metric)
-            found += [(mark.params, {n: d / len(segment) for n, d in directions.items()}) for mark in segment]
-            v = scaled(factors.apply(faded(span, self.weight_decay), turned), metric, inverse=True)
+            context.spent(passes(fisher, encoded) * len(segment) * context.task.forward_flops(encoded.sizes))
+            way, turned = self._way(segment), scaled(v, metric)
+            directions = scaled(factors.apply(gathered(*way), turned), metric)
+            fallback = frozenset(factors.fallback)
+            found += [(m.params, {n: d / len(segment) for n, d in directions.items()}, fallback) for m in segment]
+            v = scaled(factors.apply(faded(*way), turned), metric, inverse=True)
         context.note(
             "source: what the factors hold", f"{100 * factors.share:.1f}% of the squared gradient norm",
             share=factors.share, segments=len(parts),
         )  # fmt: skip
         return found
+
+    def _way(self, segment: list[Any]) -> tuple[float, float, float]:
+        """Length of a segment, the decay of weights in it, and the data weight that its losses had."""
+        about = segment[-1].optimiser
+        momentum = about.get("inertia", 0.0) if self.momentum is None else self.momentum
+        decay = about.get("decay", 0.0) if self.weight_decay is None else self.weight_decay
+        return sum(mark.rate for mark in segment) / (1 - momentum), decay, about.get("weight", 1.0)
 
     def _names(self, context: Context) -> set[str]:
         from assay.numerics.persample import linear, trainable
@@ -121,5 +132,8 @@ class Source(Scorer):
         from assay.numerics.ghost import products
 
         inputs, module = batch.inputs, state.task.module
-        found = [products(module, state.task.loss, params, inputs, along) for params, along in state.marks]
+        found = [
+            products(module, state.task.loss, params, inputs, along, fallback=set(slow))
+            for params, along, slow in state.marks
+        ]
         return np.sum([f.double().numpy() for f in found], axis=0)

@@ -62,6 +62,16 @@ class Fisher:
             raise InputError(f"draws = {self.draws}", why="it is a number of labels", fix="give 0 or more")
 
 
+def _draws(fisher: Fisher, terms: int) -> int:
+    return fisher.draws or min(MOST_DRAWS, -(-LABELS // max(1, terms)))
+
+
+def passes(fisher: Fisher, encoded: Encoded) -> float:
+    """Forward passes' worth of work of a fit on one model: to draw labels, forward and backward, twice over."""
+    each = 3.0 if fisher.labels == "true" else 4.0 * _draws(fisher, int(encoded.sizes.sum()))
+    return 2 * each * min(1.0, fisher.most / max(1, len(encoded)))
+
+
 @dataclass(frozen=True)
 class _Fit:
     """One fit: the models, the rows of the data that it is on, and where it keeps what it has."""
@@ -78,8 +88,7 @@ class _Fit:
 
     @cached_property
     def draws(self) -> int:
-        terms = max(1, int(self.encoded.sizes[self.rows].sum()))
-        return self.fisher.draws or min(MOST_DRAWS, -(-LABELS // terms))
+        return _draws(self.fisher, int(self.encoded.sizes[self.rows].sum()))
 
     def batches(self, model: int, part: int) -> Iterator[tuple[Inputs, float]]:
         """Batches of one part, of like lengths, with their labels and their number of terms."""
@@ -150,7 +159,7 @@ def fit(
     keys = hash_ids(ids, "labels")
     run = _Fit(task, models, encoded, keys, rows, fisher, files=_Files(path, key), **reading)
     groups = [run.group(i, some) for i, some in enumerate(grouped(blocks, fisher))]
-    return united(groups, checked.share)
+    return united(groups, checked.share, checked.fallback)
 
 
 def target_gradients(

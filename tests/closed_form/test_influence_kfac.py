@@ -1,0 +1,97 @@
+"""Influence by Kronecker factors, and CG with them as its preconditioner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_scorers import DECAY, N, World, best, gradients, near, three  # noqa: F401 - fixtures
+from torch import Tensor
+
+from assay.core.errors import InputError
+from assay.core.method import Scorer, make
+from assay.core.run import Run
+from assay.measure import Measurer
+from assay.train.factors import Fisher, fit
+from helpers import language, prepared, text_pool, wide
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK = {"name": "influence", "weight_decay": DECAY, "draws": 2}
+
+
+@pytest.mark.parametrize("solver", ["kfac", "ekfac"])
+def test_scores_are_the_quadratic_form_of_the_factors(three: World, best: Tensor, tmp_path: Path, solver: Any) -> None:  # noqa: F811
+    """(1/N) grad f^T (F + damping)^-1 grad loss_i, with F written out as a matrix."""
+    got = three.scores(tmp_path, {**QUICK, "solver": solver, "damping": 0.2}, [three.params(best)])
+    (factor,) = fit(three.task, [three.params(best)], three.encoded, three.pool.ids, Fisher(draws=2)).blocks.values()
+    size = factor.block.shape[0] * factor.block.shape[1]
+    eye = torch.eye(size, dtype=torch.float64).view(size, *factor.block.shape)
+    basis = factor.turned(eye).flatten(1)
+    values = factor.values(solver).flatten()
+    matrix = basis @ torch.diag(values) @ basis.T + (DECAY + 0.2 * float(values.mean())) * torch.eye(size).double()
+
+    def by_rows(flat: Tensor) -> Tensor:
+        return factor.joined({n: p[None] for n, p in three.params(flat).items()}).flatten()
+
+    slope = by_rows(torch.func.grad(three.asked_loss)(best))
+    grads = torch.stack([by_rows(g) for g in gradients(three, best)])
+    near(got, grads @ torch.linalg.solve(matrix, slope) / N, 1e-9)
+
+
+def test_factors_come_near_the_exact_answer(three: World, best: Tensor, tmp_path: Path) -> None:  # noqa: F811
+    """One layer, all of whose Fisher is a sum of products: not the same, but the same order of examples."""
+    models = [three.params(best)]
+    exact = three.scores(tmp_path / "exact", {**QUICK, "solver": "exact", "curvature": "ggn"}, models)
+    plain = three.scores(tmp_path / "plain", {**QUICK, "solver": "ekfac", "damping": 1e6, "draws": 16}, models)
+    for solver in ("kfac", "ekfac"):
+        found = three.scores(tmp_path / solver, {**QUICK, "solver": solver, "draws": 16}, models)
+        near_by = float(np.corrcoef(found, exact)[0, 1])
+        assert near_by > 0.97 and near_by > float(np.corrcoef(plain, exact)[0, 1]), (solver, near_by)
+
+
+def test_preconditioned_cg_has_the_same_answer_sooner(three: World, best: Tensor, tmp_path: Path) -> None:  # noqa: F811
+    products, found = {}, {}
+    for way in ("none", "ekfac"):
+        measurer = three.measurer(tmp_path / way, [three.params(best)])
+        spec = {**QUICK, "solver": "cg", "precondition": way, "tolerance": 1e-9, "damping": 1e-4, "weight_decay": 1e-4}
+        table = measurer.table(make(Scorer, {**spec, "draws": 16}))
+        products[way] = table.meta["notes"]["influence: solve by cg"]["products"]
+        found[way] = table.values[:, 0]
+    near(found["ekfac"], found["none"], 1e-6)
+    assert products["ekfac"] < 0.8 * products["none"], products
+
+
+def test_factors_are_of_fisher_information(three: World, best: Tensor, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(InputError, match="Fisher"):
+        three.scores(tmp_path, {**QUICK, "solver": "ekfac", "curvature": "hessian"}, [three.params(best)])
+
+
+def test_a_decoder_is_scored_target_by_target(tmp_path: Path) -> None:
+    """Columns average to the score of the mean; against the factors applied by hand to looped gradients."""
+    pool, target = text_pool(10), text_pool(3, seed=5)
+    task, encoded = language(pool, tmp_path / "pool", layers=1)
+    asked = prepared(task, target, tmp_path / "target")
+    params = wide(task)
+    run = Run.open(tmp_path / "run", {"name": "t"})
+    run.close()
+    encodings = {pool.fingerprint: tmp_path / "pool", target.fingerprint: tmp_path / "target"}
+    measurer = Measurer(run, pool, target, task=task, models=[params], encodings=encodings, key="k")
+    spec = {"name": "influence", "solver": "ekfac", "damping": 0.1, "draws": 1, "block": 32}
+    each, mean = (measurer.table(make(Scorer, {**spec, "targets": t})).values for t in ("each", "mean"))
+    near(each.mean(axis=1), mean[:, 0], 1e-9)
+
+    def looped(values: Any) -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = {n: [] for n in params}
+        for row in range(len(values)):
+            leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
+            loss = task.loss(leaves, values.inputs(np.array([row]))).sum()
+            for name, g in zip(params, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+                found[name].append(g)
+        return {n: torch.stack(g) for n, g in found.items()}
+
+    factors = fit(task, [params], encoded, pool.ids, Fisher(draws=1, block=32))
+    along, own = factors.inverse(looped(asked), damping=0.1), looped(encoded)
+    near(each, sum((own[n].flatten(1) @ along[n].flatten(1).T for n in own), torch.zeros(10, 3)) / 10, 1e-8)
