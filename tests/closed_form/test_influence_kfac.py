@@ -13,13 +13,22 @@ from torch import Tensor
 
 from assay.core.errors import InputError
 from assay.core.method import Scorer, make
+from assay.core.pool import Pool
 from assay.core.run import Run
+from assay.core.task import Task
 from assay.measure import Measurer
 from assay.train.factors import Fisher, fit
-from helpers import language, prepared, text_pool, wide
+from helpers import classifier, language, prepared, text_pool, vector_pool, wide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"name": "influence", "weight_decay": DECAY, "draws": 2}
+
+
+def measured(folder: Path, task: Task, pool: Pool, target: Pool) -> Measurer:
+    run = Run.open(folder / "run", {"name": "t"})
+    run.close()
+    encodings = {pool.fingerprint: folder / "pool", target.fingerprint: folder / "target"}
+    return Measurer(run, pool, target, task=task, models=[wide(task)], encodings=encodings, key="k")
 
 
 @pytest.mark.parametrize("solver", ["kfac", "ekfac"])
@@ -49,19 +58,22 @@ def test_factors_come_near_the_exact_answer(three: World, best: Tensor, tmp_path
     for solver in ("kfac", "ekfac"):
         found = three.scores(tmp_path / solver, {**QUICK, "solver": solver, "draws": 16}, models)
         near_by = float(np.corrcoef(found, exact)[0, 1])
-        assert near_by > 0.97 and near_by > float(np.corrcoef(plain, exact)[0, 1]), (solver, near_by)
+        assert near_by > 0.9 and near_by > float(np.corrcoef(plain, exact)[0, 1]), (solver, near_by)
 
 
-def test_preconditioned_cg_has_the_same_answer_sooner(three: World, best: Tensor, tmp_path: Path) -> None:  # noqa: F811
+def test_preconditioned_cg_has_the_same_answer_sooner(tmp_path: Path) -> None:
+    pool, target = vector_pool(60), vector_pool(7, seed=3)
+    task, _ = classifier(pool, tmp_path / "pool", hidden=(8,))
+    prepared(task, target, tmp_path / "target")
+    measurer = measured(tmp_path, task, pool, target)
     products, found = {}, {}
     for way in ("none", "ekfac"):
-        measurer = three.measurer(tmp_path / way, [three.params(best)])
-        spec = {**QUICK, "solver": "cg", "precondition": way, "tolerance": 1e-9, "damping": 1e-4, "weight_decay": 1e-4}
+        spec = {**QUICK, "solver": "cg", "precondition": way, "tolerance": 1e-9, "damping": 1e-4, "weight_decay": 0.0}
         table = measurer.table(make(Scorer, {**spec, "draws": 16}))
         products[way] = table.meta["notes"]["influence: solve by cg"]["products"]
         found[way] = table.values[:, 0]
     near(found["ekfac"], found["none"], 1e-6)
-    assert products["ekfac"] < 0.8 * products["none"], products
+    assert products["ekfac"] < 0.7 * products["none"], products
 
 
 def test_factors_are_of_fisher_information(three: World, best: Tensor, tmp_path: Path) -> None:  # noqa: F811
@@ -74,14 +86,11 @@ def test_a_decoder_is_scored_target_by_target(tmp_path: Path) -> None:
     pool, target = text_pool(10), text_pool(3, seed=5)
     task, encoded = language(pool, tmp_path / "pool", layers=1)
     asked = prepared(task, target, tmp_path / "target")
-    params = wide(task)
-    run = Run.open(tmp_path / "run", {"name": "t"})
-    run.close()
-    encodings = {pool.fingerprint: tmp_path / "pool", target.fingerprint: tmp_path / "target"}
-    measurer = Measurer(run, pool, target, task=task, models=[params], encodings=encodings, key="k")
+    params, measurer = wide(task), measured(tmp_path, task, pool, target)
     spec = {"name": "influence", "solver": "ekfac", "damping": 0.1, "draws": 1, "block": 32}
     each, mean = (measurer.table(make(Scorer, {**spec, "targets": t})).values for t in ("each", "mean"))
     near(each.mean(axis=1), mean[:, 0], 1e-9)
+    assert len(set(asked.sizes.tolist())) == 3, "batches go by length, columns do not"
 
     def looped(values: Any) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {n: [] for n in params}

@@ -18,7 +18,7 @@ import pydantic
 
 from assay.core.errors import InputError, nearest
 from assay.core.keys import digest_sources
-from assay.core.pool import Pool
+from assay.core.pool import Pool, positions
 from assay.core.progress import Progress
 from assay.core.selection import Budget, Selection
 from assay.core.table import Table
@@ -286,6 +286,11 @@ def mark_of(context: Context, method: Any) -> Mark:
             fix="raise proxy.checkpoints, or name one from 0; -1 is the last",
         )
     return marks[method.checkpoint]
+
+
+def batch_places(context: Context, pool: Pool) -> np.ndarray:
+    """Where each of a pool's examples stands in the order of `context.batches`, which goes by length. `[n]`."""
+    return positions(np.concatenate([batch.ids for batch in context.batches(pool)]), pool.ids)
 
 
 KINDS: dict[str, type[Method]] = {"featurizer": Featurizer, "scorer": Scorer, "selector": Selector}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from assay.core.errors import InputError
-from assay.core.method import Batch, Context, Cost, NonNegative, Scorer, Targets, target_columns
+from assay.core.method import Batch, Context, Cost, NonNegative, Scorer, Targets, batch_places, target_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,10 +72,9 @@ class DataInf(Scorer):
         from assay.numerics.curvature import exact_gradients, reading, slopes
 
         f, inputs = reading(context.task, self.measure), (batch.inputs for batch in context.batches(context.target))
-        v, spans, count = (
-            slopes(context.task, params, inputs, f, names, each=self.targets == "each"),
-            _spans(params, names), len(context.pool),
-        )  # fmt: skip
+        v = slopes(context.task, params, inputs, f, names, each=self.targets == "each")
+        v = v[:, batch_places(context, context.target)] if self.targets == "each" else v
+        spans, count = _spans(params, names), len(context.pool)
 
         def gradients() -> Iterator[Tensor]:
             for batch in context.batches(context.pool):

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from assay.core.errors import InputError
-from assay.core.method import Batch, Context, Cost, Count, NonNegative, Positive, Scorer, Targets, target_columns
+from assay.core.method import (
+    Batch,
+    Context,
+    Cost,
+    Count,
+    NonNegative,
+    Positive,
+    Scorer,
+    Targets,
+    batch_places,
+    target_columns,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +112,7 @@ class Influence(Scorer):
 
         f, inputs = reading(context.task, self.measure), (batch.inputs for batch in context.batches(context.target))
         v = slopes(context.task, params, inputs, f, names, each=self.targets == "each")
+        v = v[:, batch_places(context, context.target)] if self.targets == "each" else v
         if self.solver in ("kfac", "ekfac"):
             return self._factored(context, params, names, index)(v)
         solution = self._solved(context, params, names, v, index)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from assay.core.errors import InputError
 from assay.core.keys import digest, digest_ids, hash_ids, shuffled, write_bytes, write_json
-from assay.core.method import Context
+from assay.core.method import Context, batch_places
 from assay.core.task import Encoded, Inputs, Params, Task
 from assay.numerics.kfac import Block, Factor, Factors, Side, Sums, assembled, bases, footprint, united
 from assay.numerics.kfac_passes import Corrections, Moments, added, collect, survey
@@ -175,7 +175,10 @@ def target_gradients(
         rows, _ = gradients(task.module, f, params, batch.inputs, only=names)
         found.append(rows if each else {n: g.sum(dim=0, keepdim=True) for n, g in rows.items()})
     stacked = {n: torch.cat([rows[n] for rows in found]) for n in found[0]}
-    if not each:
+    if each:
+        places = batch_places(context, context.target)
+        stacked = {n: g[places] for n, g in stacked.items()}
+    else:
         stacked = {n: g.sum(dim=0, keepdim=True) / len(context.target) for n, g in stacked.items()}
     return {n: g.view(-1, *params[n].shape) for n, g in stacked.items()}
 
