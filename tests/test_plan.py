@@ -60,7 +60,9 @@ def draft(rows: int, chosen: study.Study, folder: Path) -> plan.Plan:
     rates = {"train": 1e4, "forward": 4e4, "gradient": 1e4, "rss": 4e8}
     methods = [plan.make(plan.Scorer, arm.method) for arm in chosen.contestants()]
     target = Target.split(Pool.from_columns(toy.target))
-    held = plan._Draft(chosen, plan._task(chosen, pool), methods, target, rows, 20.0 * rows, rates, 2, 1e9, 0.1)
+    held = plan._Draft(
+        chosen, plan.sketch_task(chosen, pool, folder), methods, target, rows, 20.0 * rows, rates, 2, 1e9, 0.1
+    )
     held.proxy()
     held.scores()
     held.training()
@@ -125,3 +127,14 @@ def test_an_empty_pool_is_said(folder):
     (folder / "empty.jsonl").write_text("")
     with pytest.raises(InputError, match=r"empty|no rows|nothing"):
         made(folder, "pool.path='" + str(folder / "empty.jsonl") + "'")
+
+
+def test_a_study_that_says_how_it_is_verified_has_the_time_of_its_bank(folder: Path) -> None:
+    few = made(folder, "lds.subsets=10", "lds.seeds=1", "lds.checks=[]")
+    more = made(folder, "lds.subsets=10", "lds.seeds=1", "lds.checks=['removal']", "lds.probes=4")
+    assert few.facts["retrainings"] == {"bank": 10}
+    # Methods that are no nulls, the best null, and two fair draws: for 4 targets and 2 sizes.
+    assert more.facts["retrainings"] == {"bank": 10, "removal": 1 + 4 * 2 * (2 + 1 + 2)}
+    seconds = [next(s.seconds for s in p.steps if s.stage == "retrain (assay verify)") for p in (few, more)]
+    assert 0 < seconds[0] < seconds[1]
+    assert not [s for s in made(folder).steps if "verify" in s.stage]

@@ -27,6 +27,10 @@ from assay.engine import local
 from assay.measure import PASSES, family, uses_model
 from assay.study import Study
 from assay.tasks import sketch_task
+from assay.trust import contest
+from assay.trust.cost import pace as bank_pace
+from assay.trust.cost import trainings
+from assay.trust.run import settled
 
 SAMPLE = 1500
 # Seconds to fork the first worker with the heavy packages loaded, and for each later set of workers.
@@ -204,6 +208,9 @@ def estimate(study: Study, pool: Pool, target: Target, rows: int, workers: int, 
         probe = _Probe(task, Path(folder), study.train.recipe, _sketched(methods), study.batch, pace)
         measured = list(local.map(_rates, probe, list(range(busy)), workers=workers))
         text = _text_seconds(sample) * scale
+        recipe = settled(study).proxy.recipe
+        asked = "lds" in study.model_fields_set
+        pace_of_bank = bank_pace(task, encoded, sample.ids, recipe, study.lds) if asked else 0.0
     rates = {k: float(np.mean([m[k] for m in measured])) for k in measured[0]}
     base = float(tree_rss()) + (rates["rss"] * busy if workers > 1 else 0.0)
     draft = _Draft(study, task, methods, target, rows, float(encoded.sizes.mean()) * rows, rates, busy, base, text)
@@ -212,6 +219,7 @@ def estimate(study: Study, pool: Pool, target: Target, rows: int, workers: int, 
     draft.proxy()
     draft.scores()
     draft.training()
+    draft.bank(pace_of_bank, sample)
     draft.add(Step("report", 1.0 + 0.3 * len(methods) * min(1.0, rows / 10_000), base))
     facts = {"rows": rows, "terms": draft.terms, "rates": rates, "workers": workers, **draft.facts}
     return Plan(list(draft.steps.values()), facts)
@@ -381,6 +389,22 @@ class _Draft:
         seconds += method.training_terms(self.terms, target) * models / self.rates["train"]
         self.add(Step(name, self._start() + seconds, self.base, 8.0 * self.rows))
 
+    def bank(self, pace: float, sample: Pool) -> None:
+        """The retrainings of `assay verify`, where the study has `[lds]`: at `pace` seconds a step."""
+        if not pace:
+            return
+        study = settled(self.study)
+        spec, proxy = study.lds, study.proxy
+        terms = self.terms * min(1.0, spec.examples / self.rows)
+        steps = proxy.steps or math.ceil(proxy.passes * terms / proxy.recipe.terms_per_step)
+        usual = [] if self.task.countable else ["removal"]
+        own = sum(not e.null for e in contest.entries(study, sample))
+        counts = trainings(spec, own + 1, usual if spec.checks is None else [*spec.checks])
+        jobs = sum(counts.values())
+        held = 40.0 * self._weights() * min(128, spec.subsets)
+        self.add(Step("retrain (assay verify)", self._start() + jobs * steps * pace / self.busy, self.base + held))
+        self.facts["retrainings"] = counts
+
     def training(self) -> None:
         study, rows = self.study, self.rows
         budget = Budget.parse(study.budget, examples=rows, tokens=int(self.terms) if self.task.countable else None)
@@ -393,4 +417,4 @@ class _Draft:
         self.add(Step("select", 0.05 * arms * (1 + rows / 1e5), self.base, 60.0 * rows * arms))
         seconds = self._start() + math.ceil(jobs / self.busy) * one
         self.add(Step("train arms", seconds, self.base, jobs * 12.0 * self._weights()))
-        self.facts = {"jobs": jobs, "training_steps": steps, "budget": budget.amount, "unit": budget.unit}
+        self.facts |= {"jobs": jobs, "training_steps": steps, "budget": budget.amount, "unit": budget.unit}

@@ -167,10 +167,11 @@ class LdsSpec(Spec):
     """How `assay verify` holds scores against retraining: on subsets (LDS), and by further checks."""
 
     examples: Count = 1000
-    """Most examples of the pool that are used: a keyed sample."""
+    """Most examples of the pool that are used: a keyed sample. 500 for language models, unless given."""
     targets: int = pydantic.Field(default=64, ge=2)
     """Most target examples that are used: half of them choose options, half are reported."""
     subsets: Count = 60
+    """40 for language models, unless given."""
     share: float = pydantic.Field(default=0.5, gt=0, lt=1)
     """Share of the examples in each subset."""
     seeds: int = pydantic.Field(default=2, ge=1, le=1000)
@@ -185,7 +186,7 @@ class LdsSpec(Spec):
     """Further checks; by default all that mean something for the task and the data."""
     probes: int = pydantic.Field(default=8, ge=2)
     """Reported targets that removal, tail patch and known answer look at."""
-    removed: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] = (0.01, 0.02, 0.05)
+    removed: tuple[Annotated[float, pydantic.Field(gt=0, lt=1)], ...] = (0.02, 0.05)
     """Shares of the pool that removal takes away, each at most half of the target's class."""
     left_out: int = pydantic.Field(default=64, ge=10)
     """Examples that leave-one-out leaves out, one by one."""

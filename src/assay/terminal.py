@@ -189,10 +189,25 @@ def show_intent(trust: Any) -> None:
         f"{spec.subsets} subsets of {subset:,} x {spec.seeds} seeds = {spec.subsets * spec.seeds} trainings of "
         f"{trust.recipe.steps} steps, then the checks",
         f"methods: {names} ({tried} variants)",
+        _outlook(trust),
     ]  # fmt: skip
     console = Console(stderr=True)
     for line in lines:
         console.print(Text("  " + line, "dim"))
+
+
+def _outlook(trust: Any) -> str:
+    """How long the trainings will take, from a few steps of them."""
+    from assay.trust.cost import pace, trainings
+    from assay.trust.run import wanted
+
+    job = trust.job
+    encoded = job.task.encoded(job.encodings[job.pool.fingerprint])
+    one = pace(job.task, encoded, job.pool.ids, trust.recipe, trust.spec) * trust.recipe.steps / job.workers
+    own = sum(not e.null for e in trust.entries)
+    counts = trainings(trust.spec, own + 1, wanted(trust))
+    parts = [f"{name.replace('_', '-')} {duration(max(1, round(one * n)))}" for name, n in counts.items()]
+    return f"retraining takes about {duration(max(1, round(one * sum(counts.values()))))}: {', '.join(parts)}"
 
 
 def show_trust(result: dict[str, Any], console: Console | None = None) -> None:

@@ -51,6 +51,13 @@ def scored(trust: Trust) -> list[Entry]:
     return [e for e in trust.entries if e.name != RANDOM and not e.error]
 
 
+def contestants(trust: Trust) -> list[Entry]:
+    """The study's own methods and the best null, for what costs a training each."""
+    known = scored(trust)
+    best = max((e for e in known if e.null), key=lambda e: e.tried[e.chosen]["selecting"], default=None)
+    return [e for e in known if not e.null or e is best]
+
+
 # Removal.
 
 
@@ -69,9 +76,9 @@ def removal(trust: Trust) -> dict[str, Any]:
         return place
 
     ties = hash_ids(job.pool.ids, "ties", job.study.seed)
+    contest = contestants(trust)
     picked = {
-        e.name: [[without(np.lexsort((ties, -e.scores[:, q]))[:k]) for k in counts] for q in probes]
-        for e in scored(trust)
+        e.name: [[without(np.lexsort((ties, -e.scores[:, q]))[:k]) for k in counts] for q in probes] for e in contest
     }
     fair = [[[without(_draw(trust, q, k, d)) for d in range(DRAWS)] for k in counts] for q in probes]
     values, spent = retrained(trust, np.stack(masks), "retrain without the best")
@@ -85,7 +92,7 @@ def removal(trust: Trust) -> dict[str, Any]:
     level, known = trust.spec.level, np.isin(classes(trust.target)[probes], classes(job.pool)).all()
     several = known and len(np.unique(classes(job.pool))) > 1
     rows, curves = [], [_curve("random, same class" if several else "random", control, counts, n, level)]
-    for entry in scored(trust):
+    for entry in contest:
         effects = curve(picked[entry.name])
         rows.append(row(entry.name, entry.null, effects[:, -1], control[:, -1], level))
         curves.append({**_curve(entry.name, effects, counts, n, level), "null": entry.null})

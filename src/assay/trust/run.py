@@ -25,8 +25,10 @@ from assay.trust import checks, contest, planted, standing
 from assay.trust.findings import findings
 from assay.trust.ground import Trust, trim
 
-# A model that is not read from a directory learns little in one pass over few examples.
+# Unless the study says otherwise: a small pool is read more than once, and a language model is trained on fewer
+# examples and subsets, so that a laptop is done in minutes.
 PASSES, BATCH = 10.0, 64
+TEXT_PASSES, TOKENS, TEXT_LDS = 2.0, 1024, {"examples": 500, "subsets": 40}
 # Targets shown with their best examples, how many of these, and characters of each.
 LOOKS, BEST, TEXT = 4, 3, 600
 
@@ -41,12 +43,13 @@ CHECKS: dict[str, tuple[str, Callable[[Trust], dict[str, Any]]]] = {
 
 def settled(study: Study) -> Study:
     """The study with what it leaves open decided by the kind of its model."""
-    proxy = study.proxy
-    if study.task.kind in ("module", "classifier", "convnet"):
-        recipe = {} if "terms_per_step" in proxy.recipe.model_fields_set else {"terms_per_step": BATCH}
-        passes = {} if {"passes", "steps"} & proxy.model_fields_set else {"passes": PASSES}
-        proxy = proxy.model_copy(update={"recipe": proxy.recipe.model_copy(update=recipe), **passes})
-    return study.model_copy(update={"proxy": proxy})
+    proxy, words = study.proxy, study.task.kind in ("text", "causal")
+    batch, passes = (TOKENS, TEXT_PASSES) if words else (BATCH, PASSES)
+    recipe = {} if "terms_per_step" in proxy.recipe.model_fields_set else {"terms_per_step": batch}
+    length = {} if {"passes", "steps"} & proxy.model_fields_set else {"passes": passes}
+    few = {k: v for k, v in TEXT_LDS.items() if words and k not in study.lds.model_fields_set}
+    proxy = proxy.model_copy(update={"recipe": proxy.recipe.model_copy(update=recipe), **length})
+    return study.model_copy(update={"proxy": proxy, "lds": study.lds.model_copy(update=few)})
 
 
 def spec(study: Study) -> dict[str, Any]:
@@ -66,7 +69,13 @@ def wanted(trust: Trust) -> list[str]:
     asked = trust.spec.checks
     if asked is not None:
         return [name for name in CHECKS if name in asked]
-    fits = {"leave_one_out": checks.convex(trust.job.task), "mislabel": bool(checks.flipped(trust).any())}
+    task = trust.job.task
+    assert task is not None
+    # Removal retrains more often than the bank: of language models, it must be asked for.
+    fits = {
+        "removal": not task.countable, "leave_one_out": checks.convex(task),
+        "mislabel": bool(checks.flipped(trust).any()),
+    }  # fmt: skip
     return [name for name in CHECKS if fits.get(name, True)]
 
 
