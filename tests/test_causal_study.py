@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,6 +91,25 @@ def test_a_prompt_may_be_empty_and_a_completion_may_not(tmp_path: Path) -> None:
     assert {r.reason for r in rejected} == {"empty text", "no column 'ask'"}
 
 
+def test_chats_are_prompts_and_completions(tmp_path: Path) -> None:
+    turns = [("system", "be brief"), ("user", "hi"), ("assistant", "hello"), ("user", "why?"), ("assistant", "so"),
+             ("user", "bye")]  # fmt: skip
+    chat = [{"role": r, "content": c} for r, c in turns]
+    rows = [{"m": chat}, {"m": json.dumps(chat[1:3])}, {"m": chat[:2]}, {"m": [{"role": "user"}]}, {"m": "hi"}, {}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "p.parquet")
+    ((batch, rejected),) = read(Source(paths=str(tmp_path / "p.jsonl"), messages="m"))
+    assert batch.column("completion").to_pylist() == ["so", "hello"]
+    first = "system: be brief\nuser: hi\nassistant: hello\nuser: why?"
+    assert batch.column("prompt").to_pylist() == [first, "user: hi"]
+    assert batch.column("text").to_pylist()[1] == "user: hi\nhello"
+    reasons = [r.reason for r in rejected]
+    assert reasons[0] == "no turn of the assistant" and reasons[1] == "not a chat: turns are {role, content}"
+    assert reasons[2] == "not a chat" and reasons[3] == "no column 'm'"
+    ((batch, rejected),) = read(Source(paths=str(tmp_path / "p.parquet"), messages="m"))
+    assert batch.column("prompt").to_pylist() == [first] and not rejected
+
+
 def test_training_begins_at_the_stored_weights(tmp_path: Path) -> None:
     task = model(tmp_path / "m", fine_tune=True)
     pool = text_pool(6)
@@ -161,7 +182,7 @@ def test_a_study_end_to_end(tmp_path: Path) -> None:
         ({"task": {"kind": "causal", "config": LLAMA, "weights": "random"}}, "task.weights does nothing here"),
         ({"task": {"kind": "causal", "config": LLAMA, "width": 32}}, "task.width does nothing here"),
         ({"task": {"kind": "causal", "config": LLAMA, "template": "{p}"}}, "has no {prompt}"),
-        ({"task": {"kind": "text"}}, "pool.completion is for causal models"),
+        ({"task": {"kind": "text"}}, "completions are for causal models"),
         ({"task": {"kind": "text", "model": "m"}}, "task.model does nothing here"),
         ({"target": {"path": "t.jsonl"}}, "must both have completions"),
         ({"target": {"path": "t.jsonl", "prompt": "ask"}}, "target.prompt and target.completion go together"),

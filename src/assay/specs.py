@@ -20,6 +20,11 @@ class Spec(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
+def dialogue(spec: PoolSpec | TargetSpec) -> bool:
+    """Whether the examples are completions of prompts, and not whole texts."""
+    return spec.completion is not None or spec.messages is not None
+
+
 class PoolSpec(Spec):
     """Where the pool is, and which of the user's columns mean what."""
 
@@ -30,6 +35,8 @@ class PoolSpec(Spec):
     prompt: str | None = None
     """With `completion`: two columns in the place of `text`; a causal model's loss is then that of the completion."""
     completion: str | None = None
+    messages: str | None = None
+    """In the place of both, chats, lists of {role, content}: the assistant's last turn is the completion."""
     image: str | None = None
     id: str | None = None
     domain: str | None = None
@@ -62,6 +69,7 @@ class TargetSpec(Spec):
     text: str = "text"
     prompt: str | None = None
     completion: str | None = None
+    messages: str | None = None
     id: str | None = None
     group: str | None = None
     keep: tuple[str, ...] = ()

@@ -27,6 +27,7 @@ from assay.specs import (
     TaskSpec,
     TrainSpec,
     VerifySpec,
+    dialogue,
 )
 
 DEFAULT_METHODS = ("random", "length", "loss", "exact_dup", "bm25", "loss_diff", "graddot", "trak")
@@ -72,8 +73,8 @@ class Study(Spec):
         """Which columns of the pool's or the target's files mean what, as a `Source` is told."""
         spec = self.pool if what == "pool" else self.target
         found: dict[str, Any] = {
-            "text": spec.text, "prompt": spec.prompt, "completion": spec.completion, "id": spec.id,
-            "max_chars": spec.max_chars,
+            "text": spec.text, "prompt": spec.prompt, "completion": spec.completion, "messages": spec.messages,
+            "id": spec.id, "max_chars": spec.max_chars,
         }  # fmt: skip
         if what == "pool":
             found |= {"image": self.pool.image, "domain": self.pool.domain, "keep": self.pool.keep}
@@ -234,7 +235,7 @@ def _check_sources(study: Study, where: str) -> None:
                 f"target.{wrong[0]} does nothing here", where=where, why=why, fix=f"drop target.{wrong[0]}"
             )
     unused = {"size": "builtin", "flip": "builtin"} if pool.builtin is None else dict.fromkeys(
-        ("text", "prompt", "completion", "image", "id", "domain", "keep", "max_chars", "max_bad"), "path"
+        ("text", "prompt", "completion", "messages", "image", "id", "domain", "keep", "max_chars", "max_bad"), "path"
     )  # fmt: skip
     unused |= {} if pool.builtin == "images" else {"take": "builtin = 'images'"}
     for key, partner in unused.items():
@@ -261,17 +262,19 @@ def _check_causal(study: Study, where: str) -> None:
     for what, spec in (("pool", study.pool), ("target", study.target)):
         if (spec.prompt is None) != (spec.completion is None):
             raise InputError(f"{what}.prompt and {what}.completion go together", where=where, fix="name both columns")
-    if study.pool.completion is not None and not causal:
+        if spec.completion is not None and spec.messages is not None:
+            raise InputError(f"{what}.completion and {what}.messages are both given", where=where, fix="drop one")
+    if dialogue(study.pool) and not causal:
         raise InputError(
-            "pool.completion is for causal models", where=where,
+            "completions are for causal models", where=where,
             why=f"the loss of task.kind = {task.kind!r} is that of whole texts", fix="set task.kind = 'causal'",
         )  # fmt: skip
-    if study.target.path is not None and (study.target.completion is None) != (study.pool.completion is None):
+    if study.target.path is not None and dialogue(study.target) != dialogue(study.pool):
         raise InputError(
             "the pool and the target must both have completions, or both texts", where=where,
-            fix="set prompt and completion of [pool] and of [target]",
+            fix="set prompt and completion, or messages, of [pool] and of [target]",
         )  # fmt: skip
-    if study.pool.completion is not None and "{prompt}" not in task.template:
+    if dialogue(study.pool) and "{prompt}" not in task.template:
         raise InputError(f"task.template = {task.template!r} has no {{prompt}}", where=where, fix='"{prompt}\\n"')
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from assay.core.run import Ledger
 from assay.core.selection import Selection
 from assay.engine import local
+from assay.specs import dialogue
 from assay.study import Study
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def causal(study: Study, path: str, *, fine_tune: bool = False, whole: bool = Fa
     """A causal model in a folder or on the hub; `whole`: its loss is that of whole texts, whatever the study says."""
     from assay.train.hf import CausalLM
 
-    spec, completions = study.task, study.pool.completion is not None and not whole
+    spec, completions = study.task, dialogue(study.pool) and not whole
     return CausalLM(
         path=path, context=spec.context, completion_only=completions, template=spec.template, fine_tune=fine_tune
     )

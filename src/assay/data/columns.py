@@ -120,6 +120,31 @@ def text_column(values: Any, name: str, max_chars: int, bad: dict[int, str]) -> 
     return text
 
 
+def chat_columns(values: Any, name: str, bad: dict[int, str]) -> tuple[list[str | None], list[str | None]]:
+    """Prompts and completions of chats, lists of {role, content}: the last turn of the assistant is the completion,
+    and the prompt is the turns before it, a line each, `role: content`. Turns may also stand there as JSON."""
+    prompts: list[str | None] = []
+    completions: list[str | None] = []
+    for i, value in enumerate(listed(values)):
+        prompt, completion, reason = None, None, f"no column '{name}'" if value is MISSING else ""
+        if not reason:
+            try:
+                given = json.loads(value) if isinstance(value, str) else value
+                turns = [(turn["role"], turn["content"]) for turn in given]
+                last = max(k for k, (role, _) in enumerate(turns) if role == "assistant")
+                prompt = "\n".join(f"{role}: {content}" for role, content in turns[:last])
+                completion = turns[last][1]
+            except ValueError:
+                reason = "no turn of the assistant" if not isinstance(value, str) else "not a chat"
+            except (TypeError, KeyError):
+                reason = "not a chat: turns are {role, content}"
+        if reason:
+            bad.setdefault(i, reason)
+        prompts.append(prompt)
+        completions.append(completion)
+    return prompts, completions
+
+
 def string_column(values: Any, label: str, absent: str, accept: tuple[type, ...], bad: dict[int, str]) -> Any:
     """A column as Arrow strings. Null where it is null, where it is missing (for the reason `absent`) or bad."""
     try:

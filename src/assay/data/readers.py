@@ -27,6 +27,7 @@ from assay.data.columns import (
     FLAG,
     PEEK_ROWS,
     STRING,
+    chat_columns,
     image_column,
     is_scalar,
     is_text,
@@ -77,6 +78,8 @@ class Source:
         prompt: The column of prompts, which may be empty; a completion goes with it. The text is then both, joined by
             a line break, whatever `text` says.
         completion: The column of completions.
+        messages: In the place of both, the column of chats: lists of {role, content}, of which the last turn of the
+            assistant is the completion and those before it are the prompt.
         id: The column of ids: strings or integers.
         domain: The column of domains. When None, a column called "domain" is used if there is one.
         keep: Further columns to carry along: numbers (as float64), booleans, strings, lists of numbers of one length.
@@ -88,10 +91,16 @@ class Source:
     image: str | None = None
     prompt: str | None = None
     completion: str | None = None
+    messages: str | None = None
     id: str | None = None
     domain: str | None = None
     keep: tuple[str, ...] = ()
     max_chars: int = 1_000_000
+
+    @property
+    def plain(self) -> str | None:
+        """The column of whole texts; None where there are prompts and completions."""
+        return self.text if self.completion is None and self.messages is None else None
 
 
 # ---- which files ----
@@ -127,15 +136,18 @@ class _Plan:
 
 
 def _columns(source: Source) -> list[str]:
-    text = source.text if source.completion is None else None
-    named = [text, source.image, source.prompt, source.completion, source.id, source.domain, *source.keep]
+    dialogue = (source.prompt, source.completion, source.messages)
+    named = [source.plain, source.image, *dialogue, source.id, source.domain, *source.keep]
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
 def _check_source(source: Source) -> None:
     if (source.prompt is None) != (source.completion is None):
         raise InputError("prompt and completion go together", fix="name the columns of both")
-    if source.text is None and source.image is None and source.completion is None and not source.keep:
+    if source.completion is not None and source.messages is not None:
+        raise InputError("completion and messages are both named", fix="drop one of them")
+    words = source.text or source.completion or source.messages
+    if words is None and source.image is None and not source.keep:
         raise InputError("neither a text nor an image column is named", fix="text='...' or image='...'")
     for name in source.keep:
         if name in OUTPUT or source.keep.count(name) > 1:
@@ -191,8 +203,7 @@ def _labels(paths: list[str]) -> dict[str, str]:
 
 def _check_types(path: str, source: Source, chunk: Chunk) -> None:
     """Columns of typed formats whose type no row can mend."""
-    text = source.text if source.completion is None else None
-    words = [("text", text, False), ("prompt", source.prompt, False), ("completion", source.completion, False)]
+    words = [("text", source.plain, False), ("prompt", source.prompt, False), ("completion", source.completion, False)]
     for role, name, numbers in (*words, ("id", source.id, True), ("domain", source.domain, True)):
         values = chunk.data.get(name or "")
         if not isinstance(values, pa.Array):
@@ -245,9 +256,13 @@ def _clean(plan: _Plan, path: str, chunk: Chunk) -> tuple[pa.RecordBatch, list[R
     def values(name: str) -> Any:
         return chunk.data.get(name, absent)
 
-    if source.completion is not None and source.prompt is not None:
-        columns["completion"] = text_column(values(source.completion), source.completion, source.max_chars, bad)
-        prompt = string_column(values(source.prompt), "prompt", f"no column '{source.prompt}'", (str,), bad)
+    if source.plain is None and (source.completion or source.messages):
+        if source.messages is not None:
+            prompts, completions = chat_columns(values(source.messages), source.messages, bad)
+        else:
+            prompts, completions = values(source.prompt or ""), values(source.completion or "")
+        columns["completion"] = text_column(completions, source.completion or "", source.max_chars, bad)
+        prompt = string_column(prompts, "prompt", f"no column '{source.prompt}'", (str,), bad)
         columns["prompt"] = prompt.fill_null("")
         columns["text"] = pc.binary_join_element_wise(columns["prompt"], columns["completion"], "\n")
     elif source.text is not None:
