@@ -101,13 +101,14 @@ def test_momentum_decay_and_weight_are_the_runs_own(three: World, tmp_path: Path
 
 
 def test_a_long_run_gives_the_influence_function(three: World, tmp_path: Path) -> None:  # noqa: F811
-    """Without damping, of the last segment's model: all before it is forgotten."""
+    """Of the last segment's model: all before it is forgotten."""
     run = path(three, 1e5, 1e5)
-    got = scores(three, tmp_path, run, weight_decay=0.05, segments=2)[:, 0]
     grads, slope = slopes(three, run[-1])
     factors = fit(three.task, [run[-1].params], three.encoded, three.pool.ids, Fisher(draws=1))
-    along = factors.inverse({n: p[None] for n, p in three.params(slope).items()}, damping=0.0, decay=0.05)
-    near(got, grads @ torch.cat([p.flatten() for p in along.values()]) / N, 1e-9)
+    for damping in (0.0, 0.3):
+        got = scores(three, tmp_path / f"{damping}", run, weight_decay=0.05, segments=2, damping=damping)[:, 0]
+        along = factors.inverse({n: p[None] for n, p in three.params(slope).items()}, damping=damping, decay=0.05)
+        near(got, grads @ torch.cat([p.flatten() for p in along.values()]) / N, 1e-9)
 
 
 def test_a_segments_gradients_are_means_over_its_models(three: World, tmp_path: Path) -> None:  # noqa: F811

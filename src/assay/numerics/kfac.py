@@ -209,11 +209,14 @@ def joined(given: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([given[n].flatten(1) for n in like], dim=1).T.contiguous()
 
 
-def gathered(span: float, decay: float = 0.0, weight: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """x -> (1 - e^(-span y)) / y, y = weight x + decay: what a constant push adds up to in a gradient flow so long."""
+def gathered(span: float, decay: float = 0.0, weight: float = 1.0, damping: float = 0.0) -> Callable[[Tensor], Tensor]:
+    """x -> (1 - e^(-span y)) / y: what a constant push adds up to in a gradient flow so long.
+
+    y = weight x + decay + damping x mean of weight x.
+    """
 
     def function(values: Tensor) -> Tensor:
-        y = weight * values + decay
+        y = weight * (values + damping * values.mean()) + decay
         # For small arguments the quotient is 0 / 0, and two terms of its series are exact.
         small = span * y < 1e-6
         return torch.where(small, span * (1 - span * y / 2), -torch.expm1(-span * y) / y.masked_fill(small, 1.0))
@@ -221,9 +224,9 @@ def gathered(span: float, decay: float = 0.0, weight: float = 1.0) -> Callable[[
     return function
 
 
-def faded(span: float, decay: float = 0.0, weight: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """x -> e^(-span (weight x + decay)): what is left of a change after a gradient flow so long."""
-    return lambda values: torch.exp(-span * (weight * values + decay))
+def faded(span: float, decay: float = 0.0, weight: float = 1.0, damping: float = 0.0) -> Callable[[Tensor], Tensor]:
+    """x -> e^(-span y): what is left of a change after a gradient flow so long; y as in `gathered`."""
+    return lambda values: torch.exp(-span * (weight * (values + damping * values.mean()) + decay))
 
 
 def scaled(given: Mapping[str, Tensor], metric: Metric, *, inverse: bool = False) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class Source(Scorer):
     Formula: s_i = (1/N) sum over segments l of v_l^T F_l(H_l) mean over its checkpoints of grad loss_i,
         F_l(x) = (1 - e^(-tau_l x)) / x, v_(l-1) = e^(-tau_l H_l) v_l, v_L = grad f; tau_l = sum of the segment's
         learning rates / (1 - momentum); H_l = weight_decay I + w x the Fisher information by EK-FAC, w the data
-        weight that the scoring model was trained at
+        weight that the scoring model was trained at, + damping x the mean eigenvalue of each layer
     Reference: Bae et al. 2024, arXiv:2405.12186
     Note: checkpoints are those of proxy.checkpoints, cut into `segments` of like number (fewer where there are fewer);
         momentum and weight_decay are the run's own unless told; a short run gives what TracIn gives, a long one
@@ -54,6 +54,7 @@ class Source(Scorer):
     labels: Literal["sampled", "true"] = "sampled"
     draws: int = 0
     block: Count = 512
+    damping: NonNegative = 0.0
     momentum: NonNegative | None = None
     weight_decay: NonNegative | None = None
     seed: int = 0
@@ -108,12 +109,12 @@ class Source(Scorer):
         )  # fmt: skip
         return found
 
-    def _way(self, segment: list[Any]) -> tuple[float, float, float]:
-        """Length of a segment, the decay of weights in it, and the data weight that its losses had."""
+    def _way(self, segment: list[Any]) -> tuple[float, float, float, float]:
+        """Length of a segment, the decay of weights in it, the data weight that its losses had, and damping."""
         about = segment[-1].optimiser
         momentum = about.get("inertia", 0.0) if self.momentum is None else self.momentum
         decay = about.get("decay", 0.0) if self.weight_decay is None else self.weight_decay
-        return sum(mark.rate for mark in segment) / (1 - momentum), decay, about.get("weight", 1.0)
+        return sum(mark.rate for mark in segment) / (1 - momentum), decay, about.get("weight", 1.0), self.damping
 
     def _names(self, context: Context) -> set[str]:
         from assay.numerics.persample import linear, trainable
