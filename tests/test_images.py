@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from assay.core.errors import InputError
 from assay.core.pool import Pool
 from assay.data import toys
 from assay.data.images import fingerprint, labelled_images
+from assay.job import run_study
 from assay.numerics import persample
 from assay.train.models import read_task, write_task
 from assay.train.vision import ImageClassifier
@@ -218,3 +220,27 @@ def test_gradients_of_the_convnet_by_its_rules(tmp_path):
     got, _ = persample.gradients(task.module, task.loss, params, encoded.inputs(np.arange(4)))
     for name in params:
         assert torch.allclose(got[name], want[name].flatten(1), rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("kind", ["classifier", "convnet"])
+def test_a_study_of_images_runs(tmp_path, kind):
+    held: dict[str, Any] = arrays()
+    for name in ("train", "test"):  # bright where the class says, so that there is something to learn
+        held[f"x_{name}"][np.arange(len(held[f"y_{name}"])), held[f"y_{name}"], :] = 255
+    task = {"kind": "classifier", "inputs": 24, "hidden": [8], "dropout": 0.1} if kind == "classifier" else {
+        "kind": "convnet", "shape": [1, 4, 6], "filters": [4, 8]
+    }  # fmt: skip
+    recipe = {"terms_per_step": 10, "optimiser": "momentum", "lr": 0.1}
+    chosen = study.parse({
+        "pool": {"builtin": "images", "path": str(npz(tmp_path, **held)), "flip": 0.1}, "target": {"count": 12},
+        "task": {**task, "classes": 3}, "budget": "50%", "methods": ["random", "loss", "graddot"],
+        "proxy": {"steps": 20, "recipe": recipe}, "train": {"steps": 20, "recipe": recipe},
+        "verify": {"seeds": 2, "random": 1},
+    })  # fmt: skip
+    result = run_study(chosen, tmp_path / "run", workers=1)
+    assert [a["name"] for a in result["arms"]] == ["random-1", "loss", "graddot"]
+    assert all(0 < a["judged_loss"] < 3 for a in result["arms"])
+    (made,) = (tmp_path / "run").rglob("made.json")
+    assert json.loads(made.read_text())["shape"] == [1, 4, 6]
+    again = run_study(chosen, tmp_path / "run", workers=1)
+    assert [a["judged_loss"] for a in again["arms"]] == [a["judged_loss"] for a in result["arms"]]
