@@ -16,6 +16,7 @@ STUDIES = sorted(ROOT.glob("examples/*.toml")) + sorted(ROOT.glob("src/assay/dem
 
 def test_there_are_some():
     assert {p.name for p in STUDIES} >= {"domains.toml", "jsonl.toml", "digits.toml", "text.toml"}
+    assert {p.stem for p in STUDIES} >= {"r0", "r1", "r2", "r3", "r7s"}
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)

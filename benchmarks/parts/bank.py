@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from assay.core.pool import Pool
 from assay.core.task import Encoded
@@ -54,9 +55,7 @@ def timed(shared: tuple[Pool, Encoded, Encoded, int], item: tuple[str, int]) -> 
     if kind == "bank":
         bank.retrain(TASK, encoded, pool.ids, chunk, RECIPE, seeds=(seed,), targets={"test": target}, measure="margin")
     else:
-        made = bank.Bank(
-            TASK, encoded, pool.ids, RECIPE, {"test": target}, "margin", "weights", bank.torch.float32, None
-        )
+        made = bank.Bank(TASK, encoded, pool.ids, RECIPE, {"test": target}, "margin", "weights", torch.float32, None)
         for mask in chunk:
             rows, selection = made.selection(mask)
             trained = loop.train(TASK, encoded, rows, selection, RECIPE.with_seed(seed))
