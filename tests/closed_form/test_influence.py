@@ -12,7 +12,8 @@ from test_scorers import DECAY, N, World, best, gradients, hessian, near, three 
 from torch import Tensor
 
 from assay.core.errors import InputError
-from assay.core.method import Scorer, make
+from assay.core.method import Mark, Scorer, make
+from assay.numerics.solve import training_time
 from assay.train.models import Classifier
 from helpers import language, prepared, text_pool, vector_pool, wide
 
@@ -167,6 +168,45 @@ def test_lissa_of_minibatches_nears_the_same_scores(deep: World, tmp_path: Path)
     near(other.scores(tmp_path / "b", spec, [deep.params(theta)]), found[order], 1e-9)
     with pytest.raises(InputError, match="minibatch = 10 has no effect"):
         deep.scores(tmp_path / "c", {**spec, "solver": "cg"}, [deep.params(theta)])
+
+
+def test_damping_in_units_of_the_run(deep: World, tmp_path: Path) -> None:
+    """1 / (data weight x sum of learning rates / (1 - momentum)), whatever the curvature; in RelatIF's divisor too."""
+    theta = somewhere(deep)
+    models = [deep.params(theta)]
+    about = {"weight": 0.5, "inertia": 0.75, "decay": 0.0}
+    marks = [Mark(deep.params(theta * 0.9), about, 10, 3.0), Mark(models[0], about, 10, 2.0)]
+    t = 0.5 * 5.0 / 0.25
+    h = squared(deep, theta, "ggn") + 2 / t * torch.eye(len(theta), dtype=theta.dtype)
+    g, v = gradients(deep, theta), asked(deep, theta, "loss").mean(dim=0)
+    moved = torch.linalg.solve(h, g.T)
+    spec = {"name": "influence", "damping": 2.0, "scale": "run"}
+    for solver in ("exact", "cg"):
+        found = deep.scores(tmp_path / solver, {**spec, "solver": solver}, models, trajectories=[marks])
+        near(found, v @ moved / N, 1e-6)
+    ratio = deep.scores(tmp_path / "r", {"name": "relatif", "influence": spec}, models, trajectories=[marks])
+    near(ratio, v @ moved / (g.T * moved).sum(dim=0).sqrt(), 1e-6)
+    with pytest.raises(InputError, match="not known how"):
+        deep.scores(tmp_path / "u", spec, models)
+    adam = [Mark(models[0], {**about, "square": models[0]}, 10, 3.0)]
+    with pytest.raises(InputError, match="AdamW"):
+        deep.scores(tmp_path / "a", spec, models, trajectories=[adam])
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("steps", [30, 3000])
+def test_training_answers_much_as_damping_of_one_over_its_time_does(lr: float, steps: int) -> None:
+    """Of a quadratic loss, in each eigendirection: gradient descent from 0, with momentum, over the damped solution."""
+    values = torch.logspace(-3, 1, 9, dtype=torch.float64)
+    for inertia in (0.0, 0.5):
+        mark = Mark({}, {"weight": 1.0, "inertia": inertia}, steps, lr * steps)
+        damped_ones = 1 / (values + 1 / training_time([mark]))
+        x, u = torch.zeros_like(values), torch.zeros_like(values)
+        for _ in range(steps):
+            u = inertia * u + 1 - values * x
+            x = x + lr * u
+        ratio = x / damped_ones
+        assert 0.93 < float(ratio.min()) and float(ratio.max()) < 1.36, ratio
 
 
 def test_a_small_subspace_is_warned_about(deep: World, tmp_path: Path) -> None:

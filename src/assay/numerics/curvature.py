@@ -14,7 +14,7 @@ from assay.core.task import Inputs, Params, Task
 from assay.numerics.ghost import products
 from assay.numerics.operator import Closure, Curvature, Operator, flat, unflat
 from assay.numerics.persample import Loss, gradients, linear, trainable
-from assay.numerics.rows import Block, Rows, factors
+from assay.numerics.rows import Rows, block, factors
 
 Kind = Literal["hessian", "ggn", "fisher", "empirical"]
 Source = Callable[[], Iterable[Inputs]]
@@ -158,7 +158,7 @@ def _rows(
     blocks, start = [], 0
     for name, p in own.items():
         if name in found[0]:  # else nothing depends on it
-            blocks.append(Block(start, *(torch.cat([f[name][side] for f in found]) for side in (0, 1))))
+            blocks.append(block(start, *(torch.cat([f[name][side] for f in found]) for side in (0, 1))))
         start += p.numel()
     return Rows(own, blocks, count) if blocks else None
 

@@ -8,8 +8,9 @@ and n times less of it. Legend: n examples, c rows of one, o outputs, i inputs, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +26,49 @@ CACHED = 1 << 20
 
 @dataclass(frozen=True)
 class Block:
-    """One parameter's part of all rows: `d` `[n, c, o]` and `a` `[n, i]`; it holds `o i` entries from `start` on."""
+    """A layer's part of all rows: `d` `[n, c, o]` and `a` `[n, i]`. Columns of `a` belong to its parameters (a weight
+    and a bias, whose input is 1) in turn: `parts` are where each one's entries start, and how many inputs it has."""
 
-    start: int
     d: Tensor
     a: Tensor
+    parts: tuple[tuple[int, int], ...]
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.d.shape[2], self.a.shape[1]
 
     @property
-    def span(self) -> slice:
-        return slice(self.start, self.start + self.shape[0] * self.shape[1])
+    def places(self) -> Iterator[tuple[slice, slice]]:
+        """Of each parameter: its entries among all, and its columns of `a`."""
+        at = 0
+        for start, width in self.parts:
+            yield slice(start, start + self.shape[0] * width), slice(at, at + width)
+            at += width
+
+    def take(self, v_pk: Tensor) -> Tensor:
+        """The layer's entries as `[o, i, k]`."""
+        o, k = self.shape[0], v_pk.shape[1]
+        return torch.cat([v_pk[own].view(o, -1, k) for own, _ in self.places], dim=1)
+
+    def put(self, found_pk: Tensor, x_oik: Tensor) -> None:
+        for own, columns in self.places:
+            found_pk[own] = x_oik[:, columns].reshape(-1, x_oik.shape[2])
+
+
+def block(start: int, d: Tensor, a: Tensor) -> Block:
+    return Block(d, a, ((start, a.shape[1]),))
+
+
+def merged(blocks: Sequence[Block]) -> list[Block]:
+    """Those with the same output side as one: a bias goes with its weight."""
+    found: list[Block] = []
+    for b in blocks:
+        last = found[-1] if found else None
+        if last is not None and last.d.shape == b.d.shape and torch.equal(last.d, b.d):
+            found[-1] = Block(last.d, torch.cat([last.a, b.a], dim=1), last.parts + b.parts)
+        else:
+            found.append(b)
+    return found
 
 
 class Rows(Operator):
@@ -45,7 +76,7 @@ class Rows(Operator):
 
     def __init__(self, params: Params, blocks: Sequence[Block], count: int, *, decay: float = 0.0) -> None:
         super().__init__(params, count, decay)
-        self.blocks = list(blocks)
+        self.blocks = merged(blocks)
         self._made = 0.0
 
     def flops(self, forward: float) -> float:
@@ -65,13 +96,13 @@ class Rows(Operator):
         along = torch.zeros(*self.blocks[0].d.shape[:2], k, dtype=v_pk.dtype)
         for b in self.blocks:
             o, i = b.shape
-            moved = b.a @ v_pk[b.span].view(o, i, k).transpose(0, 1).reshape(i, o * k)
+            moved = b.a @ b.take(v_pk).transpose(0, 1).reshape(i, o * k)
             along.baddbmm_(b.d, moved.view(-1, o, k))
         found = torch.zeros_like(v_pk)
         for b in self.blocks:
             o, i = b.shape
             back = torch.bmm(b.d.transpose(1, 2), along).view(-1, o * k)
-            found[b.span] = (b.a.T @ back).view(i, o, k).transpose(0, 1).reshape(o * i, k)
+            b.put(found, (b.a.T @ back).view(i, o, k).transpose(0, 1))
         return found
 
     def trace(self) -> float:
@@ -85,15 +116,17 @@ class Rows(Operator):
         for at, left in enumerate(self.blocks):
             for right in self.blocks[: at + 1]:
                 made = self._block(left, right)
-                matrix[left.span, right.span] = made
-                if left is not right:
-                    matrix[right.span, left.span] = made.T
+                for (x, i), (y, j) in product(left.places, right.places):
+                    part = made[:, i, :, j].reshape(x.stop - x.start, y.stop - y.start)
+                    matrix[x, y] = part
+                    if left is not right:
+                        matrix[y, x] = part.T
         matrix /= self.count
         matrix.diagonal().add_(self.decay)
         return matrix
 
     def _block(self, left: Block, right: Block) -> Tensor:
-        """sum_i (sum_c d d'^T)_i x (a a'^T)_i as `[o i, o' i']`. Of symmetric pairs one is made."""
+        """sum_i (sum_c d d'^T)_i x (a a'^T)_i as `[o, i, o', i']`. Of symmetric pairs one is made."""
         (o, i), (o2, i2) = left.shape, right.shape
         out, into = _pairs(o, o2, left is right), _pairs(i, i2, left is right)
         sides = (left.d.transpose(1, 2) @ right.d)[:, out[0], out[1]]
@@ -105,7 +138,7 @@ class Rows(Operator):
         self._made += 2.0 * len(sides) * found.numel()
         if left is right:
             found = found[_places(o)][:, _places(i)].view(o, o, i, i)
-        return found.view(o, o2, i, i2).transpose(1, 2).reshape(o * i, o2 * i2)
+        return found.view(o, o2, i, i2).transpose(1, 2)
 
 
 def _pairs(m: int, n: int, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@ and symmetric, <u, solve(v)> = <solve(u), v>, as far as the residual goes (`arno
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,23 @@ class Solution:
 def relative_damping(share: float, trace: float, size: int) -> float:
     """damping = share x mean eigenvalue = share x tr(H) / p: the same share means the same on any scale of the loss."""
     return share * max(trace, 0.0) / size
+
+
+def training_time(marks: Sequence[Any]) -> float:
+    """t = data weight x sum of learning rates / (1 - momentum) of a run's marks: a quadratic loss followed for a time t
+    answers much as with damping 1 / t (Ali, Kolter & Tibshirani 2019, arXiv:1810.10082)."""
+    about = marks[-1].optimiser
+    if "weight" not in about:
+        raise InputError(
+            "it is not known how the scoring model was trained", why="scale = 'run' needs its learning rates",
+            fix="scale = 'eigenvalue'",
+        )  # fmt: skip
+    if about.get("square"):
+        raise InputError(
+            "the scoring model was trained with AdamW", why="its steps are not those of its learning rate alone",
+            fix="scale = 'eigenvalue', or train it with optimiser = 'sgd' or 'momentum'",
+        )  # fmt: skip
+    return about["weight"] * sum(mark.rate for mark in marks) / (1 - about["inertia"])
 
 
 def factor(matrix: Tensor, damping: float) -> Tensor:

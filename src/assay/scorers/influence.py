@@ -62,7 +62,10 @@ class Influence(Scorer):
         'ggn' drops the model's own bend; 'fisher' is made from labels drawn from the model, 'empirical' from the given
         ones. measure = 'margin' takes f = -margin, for classifiers; targets = 'each' gives a column for each target
         example; layers = 'linear' holds all others fixed. tr(H) is exact where H's rows fit into memory, else
-        estimated from 16 products. Averaged over the scoring models
+        estimated from 16 products. scale = 'run' (SGD, momentum) counts damping not in mean eigenvalues but in 1 / t,
+        t = data weight x sum of learning rates of the scoring model's run: damping = 1 then needs no tuning, for
+        training for a time t regularises like damping 1 / t (Ali et al. 2019, arXiv:1810.10082). Averaged over the
+        scoring models
     """
 
     solver: Literal["exact", "cg", "lissa", "arnoldi", "kfac", "ekfac"] = "cg"
@@ -71,6 +74,7 @@ class Influence(Scorer):
     measure: Literal["loss", "margin"] = "loss"
     layers: Literal["all", "linear"] = "all"
     damping: NonNegative = 0.01
+    scale: Literal["eigenvalue", "run"] = "eigenvalue"
     weight_decay: NonNegative = 0.0
     tolerance: Positive = 1e-6
     limit: Count = 1000
@@ -141,11 +145,13 @@ class Influence(Scorer):
                     why=f"'exact' is for up to {LARGEST}", fix="solver = 'cg', or layers = 'linear'",
                 )  # fmt: skip
             matrix = operator.dense()
-            damping = solve.relative_damping(self.damping, float(matrix.trace()), operator.size)
+            damping = self._damping(context, index, float(matrix.trace()), operator.size)
             context.spent(operator.size**3 / 3 + 4 * operator.size**2 * v.shape[1])
             solution = solve.exact(matrix, v, damping=damping)
         else:
-            damping = solve.relative_damping(self.damping, operator.trace(), operator.size)
+            damping = self._damping(
+                context, index, operator.trace() if self.scale == "eigenvalue" else 0.0, operator.size
+            )
             how: dict[str, Any] = {"damping": damping, "limit": self.limit}
             if self.solver == "cg":
                 eased = self._eased(context, operator, damping, index)
@@ -157,6 +163,14 @@ class Influence(Scorer):
                 solution = solve.arnoldi(operator.product, v, rank=self.rank, **how)
         context.spent(operator.flops(context.task.forward_flops(context.encoded(context.pool).sizes)))
         return solution
+
+    def _damping(self, context: Context, index: int, trace: float, size: int) -> float:
+        """What `damping` is of this model's curvature, or of the time it was trained for."""
+        from assay.numerics.solve import relative_damping, training_time
+
+        if self.scale == "run":
+            return self.damping / training_time(context.trajectories[index])
+        return relative_damping(self.damping, trace, size)
 
     def _eased(self, context: Context, operator: Operator, damping: float, index: int) -> Any:
         """The preconditioner of CG, or None."""
@@ -195,10 +209,12 @@ class Influence(Scorer):
             share=factors.share, blocks=len(factors.blocks),
         )  # fmt: skip
         own = {n: params[n] for n in names}
+        if shift is None and self.scale == "run":
+            shift = self._damping(context, index, 0.0, 1)
         if shift is None:
             function, kind = damped(self.damping, self.weight_decay), "kfac" if self.solver == "kfac" else "ekfac"
         else:
-            function, kind = shifted(shift + self.weight_decay), "ekfac"
+            function, kind = shifted(shift + self.weight_decay), "kfac" if self.solver == "kfac" else "ekfac"
         return lambda v: joined(factors.apply(function, parted(v, own), kind), own)
 
     def _operator(self, context: Context, params: Any, names: tuple[str, ...]) -> Operator:

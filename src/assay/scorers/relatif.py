@@ -37,7 +37,7 @@ class RelatIF(Scorer):
                 f"relatif: {given['name']!r} is not the scorer 'influence'", why="its curvature is needed again",
                 fix="influence = 'influence', or a table with that name and options",
             )  # fmt: skip
-        same = ("curvature", "layers", "damping", "weight_decay", "seed")
+        same = ("curvature", "layers", "damping", "scale", "weight_decay", "seed")
         return make(Scorer, {"name": "self_influence", "of": self.version, **{name: given[name] for name in same}})
 
     def children(self) -> list[Method]:

@@ -21,13 +21,14 @@ class SelfInfluence(Scorer):
         of = 'weights': s_i = -|(1/N) (H + damping tr(H)/p I)^-1 grad loss_i|^2
     Reference: Koh & Liang 2017, arXiv:1703.04730, sec. 5.4; 'weights' Barshan et al. 2020, arXiv:2003.11630
     Note: a diagnostic, not a utility; H is factorised, so for models of up to 20,000 weights; averaged over the
-        scoring models. of = 'weights' is how far the example moves the weights, squared
+        scoring models. of = 'weights' is how far the example moves the weights, squared; scale as of `influence`
     """
 
     of: Literal["loss", "weights"] = "loss"
     curvature: Literal["hessian", "ggn", "fisher", "empirical"] = "ggn"
     layers: Literal["all", "linear"] = "all"
     damping: NonNegative = 0.1
+    scale: Literal["eigenvalue", "run"] = "eigenvalue"
     weight_decay: NonNegative = 0.0
     seed: int = 0
 
@@ -40,12 +41,12 @@ class SelfInfluence(Scorer):
 
         names = tuple(parameters(context.task, context.models[0], self.layers))
         factors = []
-        for params in context.models:
+        for index, params in enumerate(context.models):
             wide = {n: p.double() for n, p in params.items()}
-            factors.append((wide, self._factor(context, wide, names)))
+            factors.append((wide, self._factor(context, wide, names, index)))
         return context.task, names, len(context.pool), factors
 
-    def _factor(self, context: Context, params: Any, names: tuple[str, ...]) -> Any:
+    def _factor(self, context: Context, params: Any, names: tuple[str, ...], index: int) -> Any:
         """The Cholesky factor of H + damping, `[p, p]`."""
         from assay.core.keys import hash_ids
         from assay.numerics import solve
@@ -67,6 +68,8 @@ class SelfInfluence(Scorer):
         forward = context.task.forward_flops(context.encoded(pool).sizes)
         context.spent(operator.flops(forward) + p**3 / 3 + 2 * len(pool) * p**2)
         damping = solve.relative_damping(self.damping, float(matrix.trace()), p)
+        if self.scale == "run":
+            damping = self.damping / solve.training_time(context.trajectories[index])
         lower, probe = solve.factor(matrix, damping), rademacher(1, p, seed=0, label="probe")[0][:, None].double()
         found = solve.residual(lambda x: matrix @ x, probe.cholesky_solve(lower), probe, damping)
         context.note(
