@@ -42,6 +42,8 @@ MODELS, WEIGHTS = 64, 1 << 23
 FEWEST, STEP = 8, 2e8
 # Positions of one micro-batch, over all models of a chunk.
 AREA = 8192
+# Files whose text a bank is keyed by.
+SOURCES = ("bank", "loop", "models", "optim", "recipe", "vision")
 # Examples of equal length are kept as tensors, up to so many bytes of them.
 HELD = 1 << 28
 
@@ -163,7 +165,7 @@ class Bank:
             "pool": _content(self.encoded), "targets": {name: _content(e) for name, e in self.targets.items()},
             "measure": self.measure, "protocol": self.protocol, "dtype": str(self.dtype), "together": self.together,
             "start": loop.fingerprint(self.start) if self.start is not None else None,
-            "code": digest_sources(*(Path(__file__).with_name(f"{n}.py") for n in ("bank", "loop", "models", "optim"))),
+            "code": digest_sources(*(Path(__file__).with_name(f"{name}.py") for name in SOURCES)),
         }  # fmt: skip
 
     @cached_property
