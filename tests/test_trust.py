@@ -22,6 +22,7 @@ from assay.report import page
 from assay.study import parse
 from assay.train.module import load_task
 from assay.trust import checks, standing
+from assay.trust.contest import Entry
 from assay.trust.run import verify_study
 from mylab.oracle import planted
 
@@ -136,6 +137,15 @@ def test_options_are_chosen_on_one_half_and_figures_are_of_the_other(folder: Pat
     assert row["lds_avg"]["by_target"] == pytest.approx(found[8:].tolist())
     chosen = next(one for one in row["tried"] if one["damping"] == row["options"]["damping"])
     assert chosen["selecting"] == pytest.approx(float(found[:8].mean()))
+
+
+def test_an_option_at_the_edge_of_its_grid_is_told() -> None:
+    def edges(values: list[Any], chosen: int) -> list[str]:
+        tried = [{"damping": v, "selecting": 0.1, "each": True} for v in values]
+        return standing.edges(Entry("trak", False, [], tried, chosen))
+
+    assert edges([0.1, 1.0, 10.0], 2) == edges([0.1, 1.0, 10.0], 0) == ["damping"]
+    assert edges([0.1, 1.0, 10.0], 1) == edges([0.1, 1.0], 1) == edges(["a", "b", "c"], 0) == []
 
 
 def test_every_check_has_a_control_and_says_what_it_found(whole: dict[str, Any]) -> None:

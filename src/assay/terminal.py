@@ -186,7 +186,8 @@ def show_intent(trust: Any) -> None:
     halves = f"{len(trust.select)} choose options, {len(trust.judge)} are reported"
     lines = [
         f"{len(job.pool):,} examples, {len(trust.target)} targets: {halves}",
-        f"{spec.subsets} subsets of {subset:,} x {spec.seeds} seeds = {spec.subsets * spec.seeds} trainings of "
+        f"{spec.subsets} subsets of {subset:,} x {spec.seeds} seed{'s' if spec.seeds > 1 else ''} = "
+        f"{spec.subsets * spec.seeds} trainings of "
         f"{trust.recipe.steps} steps, then the checks",
         f"methods: {names} ({tried} variants)",
         _outlook(trust),

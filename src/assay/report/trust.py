@@ -56,6 +56,10 @@ def view(result: dict) -> dict[str, Any]:
         "r": result, "rows": rows, "label": label, "level": f"{100 * result['level']:g}%", "verdicts": VERDICTS,
         "ceiling": top, "outcome": "gain" if any(r["verdict"] == "beats the nulls" for r in known) else "none",
         "forest": forest(known, label, top), "price": price(known, label, top), "costs": costs,
+        "checks": [
+            {**check, "rows": sorted(check.get("rows") or [], key=lambda r: -r.get("value", -1e300))}
+            for check in result["checks"]
+        ],
         "removal": [
             {**check, "plot": curves(check["curves"], colours)} for check in result["checks"] if check.get("curves")
         ],
@@ -126,11 +130,12 @@ def curves(found: Sequence[dict], colours: dict[str, int]) -> dict[str, Any]:
     ends = [end for p in points for end in (p.get("ci") or (p["value"],))]
     y = Axis(*span([0.0, *ends]))
     lines = []
-    for curve in found:
+    for at, curve in enumerate(found):
+        aside = 0.5 * (at - (len(found) - 1) / 2)  # so that no interval covers another
         places = [(0.0, 0.0), *((p["share"], p["value"]) for p in curve["points"])]
         path = "M" + "L".join(f"{10 * x.at(a):.0f} {1000 - 10 * y.at(b):.0f}" for a, b in places)
         bars = [
-            {"x": x.at(p["share"]), "y": y.at(p["value"]), "low": y.at(p["ci"][0]), "high": y.at(p["ci"][1])}
+            {"x": x.at(p["share"]) + aside, "y": y.at(p["value"]), "low": y.at(p["ci"][0]), "high": y.at(p["ci"][1])}
             for p in curve["points"] if p.get("ci")
         ]  # fmt: skip
         colour = min(colours.get(curve["name"], figures.OTHER), figures.OTHER)

@@ -246,7 +246,7 @@ def tail_patch(trust: Trust) -> dict[str, Any]:
         "rows": [row(e.name, e.null, mean(best[e.name]), control, level) for e in scored(trust)],
         "unit": "gain in log-probability, nats per term", "control": row("random", True, control, None, level),
         "spent": {k: spent[k] for k in ("wall", "flops")},
-        "detail": f"one step on each of the {count} best examples of {len(probes)} targets",
+        "detail": f"One step on each of the {count} best examples of {len(probes)} targets",
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from assay.job import Job
 
 # What is asked of scores when the study does not say; `trak` with the option it depends on most.
-DEFAULT_METHODS: tuple[Any, ...] = ("gradcos", {"name": "trak", "grid": {"damping": [0.01, 0.1, 1.0]}})
+DEFAULT_METHODS: tuple[Any, ...] = ("gradcos", {"name": "trak", "grid": {"damping": [0.01, 0.1, 1.0, 10.0]}})
 RANDOM = "random"
 
 

@@ -48,7 +48,7 @@ def known_answer(trust: Trust) -> dict[str, Any]:
     return {
         "rows": rows, "unit": "share of the pool ranked below the copy", "spent": {"wall": seconds, "flops": flops},
         "control": {"name": "random", "null": True, "value": 0.5, "ci": None},
-        "detail": f"one copy of each of {len(probes)} targets among {count} examples; scoring models trained anew",
+        "detail": f"One copy of each of {len(probes)} targets among {count} examples; scoring models trained anew",
     }  # fmt: skip
 
 

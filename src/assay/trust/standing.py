@@ -52,7 +52,20 @@ def score(trust: Trust) -> None:
         entry.error = "" if usable else str(entry.tried[0]["error"])
         entry.chosen = max(usable, key=lambda k: entry.tried[k]["selecting"], default=0)
         entry.scores = found[entry.chosen]
+        for name in edges(entry):
+            job.warn(f"the best {name} of {entry.name} is at the edge of its grid: a wider grid may do better")
     job.warnings += [m for m in job.measurer.warnings if m not in job.warnings]
+
+
+def edges(entry: Entry) -> list[str]:
+    """Options of numbers whose chosen value is the least or the greatest of three or more."""
+    found = []
+    for name, value in entry.tried[entry.chosen].items():
+        tried = [one.get(name) for one in entry.tried]
+        if name not in ("selecting", "each", "error") and all(isinstance(v, int | float) for v in tried):
+            known = sorted({v for v in tried if v is not None})
+            found += [name] if len(known) > 2 and value in (known[0], known[-1]) else []
+    return found
 
 
 def _lds(trust: Trust, values: np.ndarray, columns: np.ndarray) -> np.ndarray:
