@@ -9,6 +9,7 @@ targets (Park et al. 2023, arXiv:2303.14186); intervals are two-way bootstraps o
 against one seed, the scoring model's; `lds_avg` against the mean of all seeds. `seconds`: of the chosen option, for
 all targets, from models in memory to scores; choosing and the bank are not in it.
 `auc` (R2, a tenth of the labels made wrong): the chance that a wrong label ranks above a right one.
+Banks are most of a first run: of two idle cores they take about 10 s (R0), 30 s (R1), 3 min (R2) and 5 min (R3).
 The peers' python is --peers, or ASSAY_PEERS; see requirements-peers.txt. Banks and models are kept in --cache.
 """
 

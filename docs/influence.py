@@ -18,7 +18,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- figures of {case}: written by docs/influence.py -->", "<!-- end of {case} -->"
 CASES = {"R0": "lds_avg", "R1": "lds_avg", "R2": "lds_avg", "R3": "lds_avg", "mislabels": "auc"}
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 460, 62, 190, 70, 54
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 820, 600, 62, 210, 76, 44
 COLOURS = {"assay": "#0b7a53", "dattri": "#b3372f", "kronfluence": "#1d4ed8", "bergson": "#8a6d00"}
 NULLS = {"random", "loss", "nearest", "bm25"}
 
@@ -57,7 +57,7 @@ def chosen(options: Row) -> str:
 
 
 def draw(rows: list[Row], case: str) -> str:
-    """LDS against seconds, both tools' points of a method joined; nulls are left out."""
+    """LDS against seconds. The points of a method are joined, and named at ours; nulls are left out."""
     held = [r for r in of(rows, case) if r["method"] not in NULLS]
     seconds = [math.log10(max(r["seconds"], 1e-3)) for r in held]
     low, high = math.floor(min(seconds)), math.ceil(max(seconds))
@@ -78,7 +78,7 @@ def draw(rows: list[Row], case: str) -> str:
         *_axes(low, high, bottom, top, x, y),
     ]
     by_method: dict[str, list[Row]] = {}
-    for r in held:
+    for r in sorted(held, key=lambda r: r["tool"] != "assay"):
         by_method.setdefault(r["method"], []).append(r)
     for pair in by_method.values():
         for other in pair[1:]:
@@ -89,7 +89,7 @@ def draw(rows: list[Row], case: str) -> str:
     for r in held:
         colour = COLOURS[r["tool"].split()[0]]
         parts.append(f'<circle cx="{x(r["seconds"]):.1f}" cy="{y(r["value"]):.1f}" r="4.5" fill="{colour}"/>')
-    parts += _labels([(x(r["seconds"]), y(r["value"]), r) for r in held])
+    parts += _labels([(x(r["seconds"]), y(r["value"]), r) for r in (pair[0] for pair in by_method.values())])
     for place, (tool, colour) in enumerate(COLOURS.items()):
         if any(r["tool"].startswith(tool) for r in held):
             parts.append(f'<circle cx="{LEFT + 14 + 130 * place}" cy="{TOP - 8}" r="4.5" fill="{colour}"/>')
@@ -117,16 +117,14 @@ def _axes(low: int, high: int, bottom: float, top: float, x: Any, y: Any) -> lis
 def _labels(points: list[tuple[float, float, Row]]) -> list[str]:
     """Names in a column at the right, in the order of their points, a thin line to each."""
     ordered = sorted(points, key=lambda p: p[1])
-    step = min(16.0, (HEIGHT - TOP - BOTTOM + 20) / max(len(ordered), 1))
-    parts, at = [], TOP - 4.0
-    for x, y, r in ordered:
-        at = max(at, min(y, HEIGHT - BOTTOM + 16 - step * (len(ordered) - 1 - ordered.index((x, y, r)))))
-        colour, edge = COLOURS[r["tool"].split()[0]], WIDTH - RIGHT + 12
+    step, edge = min(17.0, (HEIGHT - TOP - BOTTOM) / max(len(ordered), 1)), WIDTH - RIGHT + 26
+    parts, at = [], TOP + 4.0
+    for place, (x, y, r) in enumerate(ordered):
+        at = max(at, min(y, HEIGHT - BOTTOM - step * (len(ordered) - 1 - place)))
+        colour = COLOURS[r["tool"].split()[0]]
         parts.append(
-            f'<line x1="{x + 5:.1f}" y1="{y:.1f}" x2="{edge - 3}" y2="{at:.1f}" stroke="{colour}" stroke-opacity=".18"/>'
-        )
-        parts.append(
-            f'<text x="{edge}" y="{at + 4:.1f}" font-size="{min(12.0, step - 1):.1f}" fill="{colour}">{escape(r["method"])}</text>'
+            f'<line x1="{x + 6:.1f}" y1="{y:.1f}" x2="{edge - 4}" y2="{at:.1f}" stroke="{colour}" stroke-opacity=".25"/>'
+            f'<text x="{edge}" y="{at + 4:.1f}" font-size="12" fill="{colour}">{escape(r["method"])}</text>'
         )
         at += step
     return parts

@@ -145,7 +145,7 @@ def test_the_best_option_on_one_side_is_reported_on_the_other(parts, small, monk
     options = contest.grid(share=[0.0, 0.9, 0.4])
     entrants.enter(contest.Contestant("known", {}, options, function=score))
     entrants.enter(contest.Contestant("same", {}, function=score, like="known"))
-    tuning = min(contest.TUNING, len(small.sides[0]))
+    tuning = min(contest.TUNING["R0"], len(small.sides[0]))
     assert asked == [(0.0, tuning), (0.9, tuning), (0.4, tuning), *[(0.9, len(small.targets))] * 2]
     row = entrants.rows[0]
     assert row["options"] == {"share": 0.9} and row["method"] == "known" and row["value"] > 0.95
@@ -198,3 +198,21 @@ def test_documents_go_to_peers_with_their_start_token(parts, tmp_path):
         inputs = encoded.inputs(np.array([k]))
         assert arrays["pool"][a:b].tolist() == [0, *inputs["targets"][0].tolist()]
         assert arrays["pool"][a : b - 1].tolist() == inputs["tokens"][0].tolist()
+
+
+@pytest.mark.parametrize("case", ["R0", "R1", "R2", "R3"])
+def test_every_contestant_of_ours_can_be_made_with_every_option(parts, case):
+    from types import SimpleNamespace
+
+    from assay.core.method import Scorer, make
+
+    contest, entries = parts("contest"), parts("entries")
+    world = SimpleNamespace(case=case, measure="margin" if case == "R0" else "loss")
+    everyone = entries.of(world, False)
+    for entrant in everyone:
+        if entrant.tool == contest.OURS and not entrant.function:
+            assert all(make(Scorer, contest.overlay(entrant.spec, options)) for options in entrant.options)
+    pairs = [(entrant.tool, entrant.method) for entrant in everyone]
+    assert len(set(pairs)) == len(pairs)
+    assert all((entrant.tool, entrant.like) in pairs for entrant in everyone if entrant.like)
+    assert len(entries.of(world, True)) == len(everyone)

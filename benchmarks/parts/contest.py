@@ -1,6 +1,6 @@
 """Contestants of one world: how each is scored, how its options are chosen, and the rows that come of it.
 
-Every contestant, ours or a peer's, is treated alike: its grid is scored on `TUNING` targets of the side that chooses,
+Every contestant, ours or a peer's, is treated alike: its grid is scored on up to 50 targets of the side that chooses,
 the option with the best LDS there is scored anew on all targets, timed, and its LDS is reported on the other side.
 """
 
@@ -28,7 +28,7 @@ from .truth import Truth
 
 Row = dict[str, Any]
 Options = dict[str, Any]
-TUNING = 50
+TUNING = {"R0": 50, "R1": 25, "R2": 25, "R3": 32}  # at most so many targets choose
 OURS = "assay"
 
 
@@ -78,7 +78,7 @@ class Contest:
 
     @property
     def tuning(self) -> np.ndarray:
-        return self.world.sides[0][: 10 if self.quick else TUNING]
+        return self.world.sides[0][: 10 if self.quick else TUNING[self.world.case]]
 
     def enter(self, contestant: Contestant) -> None:
         """Choose the options, score, and add the rows. What fails is told at once, and again at the end of the run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ from assay.numerics import lds
 from .contest import OURS, Contest, Contestant, Row, centred, grid, row
 from .truth import Truth
 
-# Of a tenth to ten times what was best in trials, by half powers of ten. Ours are in units of the mean eigenvalue, the
-# peers' in the units of each.
-EXACT = {"name": "gradients", "projection": "exact", "store": "float32"}
-DAMPING = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
-ABSOLUTE = [1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+# Half powers of ten around what was best in trials: ours in units of the mean eigenvalue, the peers' in their own.
+DAMPING = [0.3, 1.0, 3.0, 10.0, 30.0]
+BLOCKS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # of Kronecker factors
+ABSOLUTE = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+# Ranks do not need more digits.
+LOOSE = {"precision": "float32", "tolerance": 1e-3}
+# As many products of as many examples as the peer is given.
+SUMMED = {"precision": "float32", "tolerance": 1e-2, "minibatch": 100, "limit": 300}
 MARKS = 6
 PIXELS = {"name": "column", "column": "pixels"}
 
@@ -25,9 +29,7 @@ def of(world: Truth, quick: bool) -> list[Contestant]:
     """All contestants of a world, ours and the peers' alternating."""
     margin = world.measure == "margin"
     found = {"R0": digits, "R1": pictures, "R2": pictures, "R3": documents}[world.case](world, margin)
-    if quick:
-        found = [Contestant(**{**vars(c), "options": c.options[::3]}) for c in found]
-    return found
+    return [replace(c, options=c.options[::3]) for c in found] if quick else found
 
 
 def features(world: Truth, kind: str = "exact", size: int = 2048) -> dict[str, Any]:
@@ -45,7 +47,8 @@ def _measure(margin: bool) -> str:
 
 def first_order(world: Truth, margin: bool) -> list[Contestant]:
     """GradDot, GradCos, TracIn, and the nulls."""
-    own = features(world)
+    # Exact gradients, where they are not gigabytes on disk.
+    own = features(world, "sparse", 8192) if world.case == "R2" else features(world)
     both = {"targets": "each", "features": own, "queries": {**own, "measure": _measure(margin)}}
     return [
         Contestant("graddot", {"name": "graddot", **both}),
@@ -54,62 +57,73 @@ def first_order(world: Truth, margin: bool) -> list[Contestant]:
         Contestant("gradcos", {"method": "gradcos"}, tool="dattri"),
         Contestant("tracin", {"name": "tracin", **both}, marks=MARKS),
         Contestant("tracin", {"method": "tracin"}, tool="dattri", marks=MARKS),
-        Contestant(
-            "nearest", {"name": "nearest", "targets": "each", "features": {"name": "column", "column": "pixels"}}
-        ),
+        Contestant("nearest", {"name": "nearest", "targets": "each", "features": PIXELS}),
         Contestant("random", {"name": "random"}),
         Contestant("loss", {"name": "loss"}),
     ]
 
 
-def trak(count: int, kind: str, sizes: list[int], dims: list[int]) -> list[Contestant]:
-    own = {"name": "gradients", "projection": "dense", "store": "float32", "measure": "margin"}
+def trak(count: int, kind: str, dims: list[int]) -> list[Contestant]:
+    """Of several models, or, for kind 'marks', of checkpoints of one run. Ours projects sparsely and theirs by a normal
+    matrix: of as many numbers, both have the same variance."""
+    own = {"name": "gradients", "projection": "sparse", "store": "float32", "measure": "margin"}
     spec = {"name": "trak", "features": own, "output": "margin", "targets": "each"}
+    name, models = f"trak-{count}", {"kind": kind, "count": count}
+    if kind == "marks":
+        spec, name, models = {**spec, "every": True}, f"trak-{count}-marks", {"marks": count}
+    tried = grid(damping=[0.3, 1.0, 3.0, 10.0], **{"features.size": [512, 2048]})
+    theirs = grid(damping=[1e-2, 3e-2, 1e-1, 3e-1], dim=dims)
     return [
-        Contestant(
-            f"trak-{count}", spec, grid(damping=[0.01, 0.1, 1.0, 10.0], **{"features.size": sizes}), kind=kind,
-            count=count,
-        ),
-        Contestant(
-            f"trak-{count}", {"method": "trak"}, grid(damping=[1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], dim=dims),
-            tool="dattri", kind=kind, count=count,
-        ),
-    ]  # fmt: skip
+        Contestant(name, spec, tried, **models),  # type: ignore[arg-type]
+        Contestant(name, {"method": "trak"}, theirs, tool="dattri", **models),  # type: ignore[arg-type]
+    ]
 
 
 def digits(world: Truth, margin: bool) -> list[Contestant]:
-    cg = Contestant("cg", influence("cg", margin), grid(damping=DAMPING))
-    ekfac = Contestant("ekfac", influence("ekfac", margin), grid(damping=DAMPING))
+    cg, ekfac = _solved("cg", margin, DAMPING, **LOOSE), _solved("ekfac", margin, BLOCKS, precision="float32")
     their_cg = Contestant("cg", {"method": "cg"}, grid(regularization=ABSOLUTE, max_iter=[10, 50]), tool="dattri")
     their_ekfac = Contestant("ekfac", {"method": "ekfac"}, grid(damping=[None, *ABSOLUTE]), tool="kronfluence")
     shape = {"steps": [60, 100, 150], "eps": [3e-3, 1e-2]}
     answer = Contestant("response", {}, grid(**shape, weight=[1.0]), function=response)
     halved = Contestant("response-center-alpha", {}, grid(**shape, weight=[0.5]), kind="center", function=response)
-    curved = {"targets": "each", "measure": _measure(margin)}
+    curved, plain = {"targets": "each", "measure": _measure(margin)}, features(world, "sparse", 512)
+    star = {
+        "name": "trackstar",
+        "targets": "each",
+        "features": plain,
+        "queries": {**plain, "measure": _measure(margin)},
+    }
+    untuned = Contestant("cg-untuned", influence("cg", margin, **LOOSE, scale="run", damping=1.0))
+    one, marks = trak(1, "full", [512, 2048]), trak(5, "marks", [512, 2048])
     return [
-        cg, their_cg,
-        Contestant("exact", influence("exact", margin), like="cg"),
+        cg, their_cg, untuned,
+        Contestant("exact", influence("exact", margin, precision="float32"), like="cg"),
         Contestant("exact", {"method": "exact"}, tool="dattri", like="cg"),
-        Contestant("lissa", influence("lissa", margin), grid(damping=DAMPING)),
+        _solved("lissa", margin, DAMPING[1:4], **SUMMED),
         Contestant(
             "lissa", {"method": "lissa", "batch_size": 100, "recursion_depth": 300}, grid(scaling=[10.0, 20.0, 50.0]),
             tool="dattri",
         ),
-        Contestant("arnoldi", influence("arnoldi", margin), grid(damping=DAMPING)),
+        _solved("arnoldi", margin, DAMPING, **LOOSE, limit=150),
         Contestant(
             "arnoldi", {"method": "arnoldi", "max_iter": 100}, grid(regularization=[0.0, 0.03], proj_dim=[10, 20, 40]),
             tool="dattri",
         ),
-        Contestant("kfac", influence("kfac", margin), grid(damping=DAMPING)),
+        _solved("kfac", margin, BLOCKS, precision="float32"),
         Contestant("kfac", {"method": "kfac"}, grid(damping=[None, *ABSOLUTE]), tool="kronfluence"),
         ekfac, their_ekfac,
-        *trak(1, "full", [512, 2048], [512, 2048]), *trak(5, "full", [512, 2048], [512, 2048]),
+        *one, *trak(5, "full", [512, 2048]), *marks, centred(one[0]), centred(marks[0]),
+        Contestant("trackstar", star, grid(damping=[0.1, 1.0, 10.0])),
         *first_order(world, margin),
-        Contestant("datainf", {"name": "datainf", **curved}, grid(damping=DAMPING)),
+        Contestant("datainf", {"name": "datainf", **curved}, grid(damping=[0.1, 1.0, 10.0])),
         Contestant("datainf", {"method": "datainf", "targets": 50}, grid(regularization=ABSOLUTE[::2]), tool="dattri"),
-        Contestant("source", {"name": "source", **curved}, grid(damping=[0.0]), marks=MARKS),
-        answer, centred(cg), centred(their_cg), centred(ekfac), centred(their_ekfac), halved,
+        Contestant("source", {"name": "source", **curved}, grid(segments=[1, 3]), marks=MARKS),
+        answer, centred(cg), centred(untuned), centred(their_cg), centred(ekfac), centred(their_ekfac), halved,
     ]  # fmt: skip
+
+
+def _solved(solver: str, margin: bool, damping: list[float], **options: Any) -> Contestant:
+    return Contestant(solver, influence(solver, margin, **options), grid(damping=damping))
 
 
 def response(world: Truth, trajectories: list[list[Mark]], options: dict[str, Any], targets: np.ndarray) -> np.ndarray:
@@ -122,34 +136,41 @@ def response(world: Truth, trajectories: list[list[Mark]], options: dict[str, An
 
 
 def pictures(world: Truth, margin: bool) -> list[Contestant]:
-    cg = Contestant("cg", influence("cg", margin), grid(damping=DAMPING))
-    their_cg = Contestant("cg", {"method": "cg"}, grid(regularization=ABSOLUTE, max_iter=[10]), tool="dattri")
-    ekfac = Contestant("ekfac", influence("ekfac", margin), grid(damping=DAMPING))
-    their_ekfac = Contestant("ekfac", {"method": "ekfac"}, grid(damping=[None, *ABSOLUTE]), tool="kronfluence")
+    """Conjugate gradients in R1 alone: with the 109,386 weights of R2 they take either tool many minutes."""
+    cg = _solved("cg", margin, DAMPING[:4], **LOOSE, rank=50)
+    their_cg = Contestant("cg", {"method": "cg"}, grid(regularization=ABSOLUTE[1:], max_iter=[10]), tool="dattri")
+    ekfac = _solved("ekfac", margin, BLOCKS, precision="float32")
+    ten, marks = trak(10, "half", [512]), trak(5, "marks", [512])
+    several = [*ten, *marks]
+    if world.case == "R2":  # a minute a model and option for the peer: options are those of one model, for both
+        several = [replace(c, options=[{}], like="trak-1") for c in [*ten, marks[0]]]
     return [
-        cg, their_cg, ekfac, their_ekfac,
-        *trak(1, "half", [512, 2048], [512]), *trak(10, "half", [512, 2048], [512]), *first_order(world, margin),
-        centred(cg), centred(ekfac),
+        *([cg, their_cg, centred(cg)] if world.case == "R1" else []),
+        ekfac, Contestant("ekfac", {"method": "ekfac"}, grid(damping=[None, *ABSOLUTE]), tool="kronfluence"),
+        *trak(1, "half", [512]), *several, centred(ekfac), *first_order(world, margin),
     ]  # fmt: skip
 
 
 def documents(world: Truth, margin: bool) -> list[Contestant]:
-    ekfac = Contestant("ekfac", influence("ekfac", margin), grid(damping=[0.01, 0.1, 1.0, 10.0]))
-    their_ekfac = Contestant("ekfac", {"method": "ekfac"}, grid(damping=[0.01, 0.1, 1.0, 10.0]), tool="bergson")
+    ekfac = _solved("ekfac", margin, [0.01, 0.1, 1.0, 10.0], precision="float32")
+    theirs = {
+        method: Contestant(method, {"method": method}, grid(damping=[0.01, 0.1, 1.0, 10.0]), tool="bergson")
+        for method in ("ekfac", "kfac")
+    }
     own = {"targets": "each", "features": features(world)}
     return [
-        ekfac, their_ekfac,
-        Contestant("kfac", influence("kfac", margin), grid(damping=[0.01, 0.1, 1.0, 10.0])),
-        Contestant("kfac", {"method": "kfac"}, grid(damping=[0.01, 0.1, 1.0, 10.0]), tool="bergson"),
+        ekfac, theirs["ekfac"],
+        _solved("kfac", margin, [0.01, 0.1, 1.0, 10.0], precision="float32"), theirs["kfac"],
         Contestant("graddot", {"name": "graddot", **own}),
         Contestant("graddot", {"method": "graddot"}, tool="bergson"),
         Contestant("gradcos", {"name": "gradcos", **own}),
         Contestant("gradcos", {"method": "gradcos"}, tool="bergson"),
-        Contestant("trackstar", {"name": "trackstar", "targets": "each"}),
-        Contestant("trackstar", {"method": "trackstar"}, grid(damping=[0.01, 0.1, 1.0], dim=[16]), tool="bergson"),
+        Contestant("trackstar", {"name": "trackstar", "targets": "each"}, grid(damping=[0.01, 0.1, 1.0, 10.0])),
+        Contestant("trackstar", {"method": "trackstar"}, grid(damping=[0.01, 0.1, 1.0, 10.0]), tool="bergson"),
+        Contestant("source", {"name": "source", "targets": "each", "metric": "adafactor"}, marks=MARKS),
         Contestant("bm25", {"name": "bm25", "targets": "each"}),
         Contestant("random", {"name": "random"}), Contestant("loss", {"name": "loss"}),
-        centred(ekfac), centred(their_ekfac),
+        centred(ekfac), centred(theirs["ekfac"]),
     ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Wrong labels: a tenth of R2's labels are made wrong, and who ranks them first? AUC, with DeLong's interval.
 
 Ranked are an example's effect on itself (`*-self`: high is suspicious), its mean utility for the targets (`trak-10`:
-low is suspicious), and the null, its loss. Ten models, each trained on a random half of the wrong data; nothing is
+low is suspicious), and the null, its loss. Five models, each trained on a random half of the wrong data; nothing is
 tuned.
 """
 
@@ -20,7 +20,7 @@ from . import contest, truth
 from .attribution import Library
 from .contest import OURS, Contestant, Row
 
-FLIP, COUNT = 0.1, 10
+FLIP, COUNT = 0.1, 5
 
 
 def contestants(count: int) -> list[tuple[Contestant, Callable[[np.ndarray], np.ndarray]]]:
