@@ -73,7 +73,7 @@ class Influence(Scorer):
     targets: Targets = "mean"
     measure: Literal["loss", "margin"] = "loss"
     layers: Literal["all", "linear"] = "all"
-    damping: NonNegative = 0.01
+    damping: NonNegative = 0.1
     scale: Literal["eigenvalue", "run"] = "eigenvalue"
     weight_decay: NonNegative = 0.0
     tolerance: Positive = 1e-6
