@@ -347,3 +347,12 @@ def test_the_command_line_in_one_line_with_hostile_ids_and_text(tmp_path: Path) 
     assert by_name(found["checks"][0]["rows"])["bm25"]["value"] > 0.8
     text = Path(found["report"]).read_text()
     assert "&lt;script&gt;alert(1)" in text and "<script>alert(1)" not in text and "\u202e" not in text
+
+
+def test_the_keys_of_a_study_are_frozen() -> None:
+    from assay.specs import LdsSpec
+
+    assert list(LdsSpec.model_fields) == [
+        "examples", "targets", "subsets", "share", "seeds", "protocol", "measure", "level", "draws", "checks", "probes",
+        "removed", "left_out", "proponents",
+    ]  # fmt: skip

@@ -25,8 +25,8 @@ from assay.trust import checks, contest, planted, standing
 from assay.trust.findings import findings
 from assay.trust.ground import Trust, trim
 
-# Unless the study says otherwise: a small pool is read more than once, and a language model is trained on fewer
-# examples and subsets, so that a laptop is done in minutes.
+# Unless the study says otherwise: a small pool is read more than once, and a language model, whose every training costs
+# more, is trained on fewer examples and subsets.
 PASSES, BATCH = 10.0, 64
 TEXT_PASSES, TOKENS, TEXT_LDS = 2.0, 1024, {"examples": 500, "subsets": 40}
 # Targets shown with their best examples, how many of these, and characters of each.
