@@ -18,7 +18,7 @@ from assay.core.run import Run
 from assay.core.task import Task
 from assay.measure import Measurer
 from assay.train.factors import Fisher, fit
-from helpers import classifier, language, prepared, text_pool, vector_pool, wide
+from helpers import classifier, language, looped, prepared, text_pool, vector_pool, wide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"name": "influence", "weight_decay": DECAY, "draws": 2}
@@ -76,6 +76,26 @@ def test_preconditioned_cg_has_the_same_answer_sooner(tmp_path: Path) -> None:
     assert products["ekfac"] < 0.7 * products["none"], products
 
 
+def test_damping_may_be_one_number_for_all_layers(tmp_path: Path) -> None:
+    """The mean eigenvalue of the model, not of each layer: with much of it, scores go to dot products over it."""
+    pool, target = vector_pool(30), vector_pool(4, seed=3)
+    task, encoded = classifier(pool, tmp_path / "pool", hidden=(6,))
+    asked = prepared(task, target, tmp_path / "target")
+    measurer, params = measured(tmp_path, task, pool, target), wide(task)
+    factors = fit(task, [params], encoded, pool.ids, Fisher(draws=2))
+    grads, slopes = looped(task, params, encoded, np.arange(30)), looped(task, params, asked, np.arange(4))
+    dots = sum((grads[n].flatten(1) @ slopes[n].flatten(1).mean(dim=0) for n in params), torch.zeros(30))
+    assert factors.size == sum(p.numel() for p in params.values())
+    squares = sum(float(f.corrected.sum()) for f in factors.blocks.values())
+    for solver in ("kfac", "ekfac"):
+        spec = {**QUICK, "solver": solver, "weight_decay": 0.0, "damping": 1e7, "precision": "float64"}
+        found = measurer.table(make(Scorer, {**spec, "scale": "model"})).values[:, 0]
+        near(found, dots / 30 / (1e7 * factors.trace(solver) / factors.size), 1e-6)  # type: ignore[arg-type]
+        layered = measurer.table(make(Scorer, spec)).values[:, 0]
+        assert np.corrcoef(layered, dots)[0, 1] < 0.999, "layers weigh differently in their own units"
+    assert factors.trace("ekfac") == pytest.approx(squares)
+
+
 def test_factors_are_of_fisher_information(three: World, best: Tensor, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(InputError, match="Fisher"):
         three.scores(tmp_path, {**QUICK, "solver": "ekfac", "curvature": "hessian"}, [three.params(best)])
@@ -92,15 +112,7 @@ def test_a_decoder_is_scored_target_by_target(tmp_path: Path) -> None:
     near(each.mean(axis=1), mean[:, 0], 1e-9)
     assert len(set(asked.sizes.tolist())) == 3, "batches go by length, columns do not"
 
-    def looped(values: Any) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {n: [] for n in params}
-        for row in range(len(values)):
-            leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
-            loss = task.loss(leaves, values.inputs(np.array([row]))).sum()
-            for name, g in zip(params, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-                found[name].append(g)
-        return {n: torch.stack(g) for n, g in found.items()}
-
     factors = fit(task, [params], encoded, pool.ids, Fisher(draws=1, block=32))
-    along, own = factors.inverse(looped(asked), damping=0.1), looped(encoded)
+    slopes, own = looped(task, params, asked, np.arange(3)), looped(task, params, encoded, np.arange(10))
+    along = factors.inverse(slopes, damping=0.1)
     near(each, sum((own[n].flatten(1) @ along[n].flatten(1).T for n in own), torch.zeros(10, 3)) / 10, 1e-8)

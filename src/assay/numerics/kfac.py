@@ -158,6 +158,15 @@ class Factors:
         """The parameters covered."""
         return [n for f in self.blocks.values() for n in (f.block.name, f.block.bias) if n is not None]
 
+    @property
+    def size(self) -> int:
+        """Entries of all blocks."""
+        return sum(f.corrected.numel() for f in self.blocks.values())
+
+    def trace(self, kind: Kind = "ekfac") -> float:
+        """Sum of all eigenvalues, per loss term."""
+        return sum(float(f.values(kind).double().sum()) for f in self.blocks.values()) * self.examples / self.terms
+
     def apply(
         self, function: Callable[[Tensor], Tensor], given: Mapping[str, Tensor], kind: Kind = "ekfac"
     ) -> dict[str, Tensor]:

@@ -62,7 +62,9 @@ class Influence(Scorer):
         'ggn' drops the model's own bend; 'fisher' is made from labels drawn from the model, 'empirical' from the given
         ones. measure = 'margin' takes f = -margin, for classifiers; targets = 'each' gives a column for each target
         example; layers = 'linear' holds all others fixed. tr(H) is exact where H's rows fit into memory, else
-        estimated from 16 products. scale = 'run' (SGD, momentum) counts damping not in mean eigenvalues but in 1 / t,
+        estimated from 16 products. scale = 'model' has kfac and ekfac, too, count damping in mean eigenvalues
+        of the whole model, not of each layer: much of it then leaves dot products, as suits a short run. scale = 'run'
+        (SGD, momentum) counts damping not in mean eigenvalues but in 1 / t,
         t = data weight x sum of learning rates of the scoring model's run: damping = 1 then needs no tuning, for
         training for a time t regularises like damping 1 / t (Ali et al. 2019, arXiv:1810.10082). Averaged over the
         scoring models
@@ -74,7 +76,7 @@ class Influence(Scorer):
     measure: Literal["loss", "margin"] = "loss"
     layers: Literal["all", "linear"] = "all"
     damping: NonNegative = 0.1
-    scale: Literal["eigenvalue", "run"] = "eigenvalue"
+    scale: Literal["eigenvalue", "model", "run"] = "eigenvalue"
     weight_decay: NonNegative = 0.0
     tolerance: Positive = 1e-6
     limit: Count = 1000
@@ -149,9 +151,7 @@ class Influence(Scorer):
             context.spent(operator.size**3 / 3 + 4 * operator.size**2 * v.shape[1])
             solution = solve.exact(matrix, v, damping=damping)
         else:
-            damping = self._damping(
-                context, index, operator.trace() if self.scale == "eigenvalue" else 0.0, operator.size
-            )
+            damping = self._damping(context, index, 0.0 if self.scale == "run" else operator.trace(), operator.size)
             how: dict[str, Any] = {"damping": damping, "limit": self.limit}
             if self.solver == "cg":
                 eased = self._eased(context, operator, damping, index)
@@ -208,13 +208,11 @@ class Influence(Scorer):
             f"{len(factors.blocks)} blocks with {100 * factors.share:.1f}% of the squared gradient norm",
             share=factors.share, blocks=len(factors.blocks),
         )  # fmt: skip
-        own = {n: params[n] for n in names}
-        if shift is None and self.scale == "run":
-            shift = self._damping(context, index, 0.0, 1)
-        if shift is None:
-            function, kind = damped(self.damping, self.weight_decay), "kfac" if self.solver == "kfac" else "ekfac"
-        else:
-            function, kind = shifted(shift + self.weight_decay), "kfac" if self.solver == "kfac" else "ekfac"
+        own, kind = {n: params[n] for n in names}, "kfac" if self.solver == "kfac" else "ekfac"
+        if shift is None and self.scale != "eigenvalue":
+            shift = self._damping(context, index, factors.trace(kind), factors.size)
+        each = damped(self.damping, self.weight_decay)
+        function = each if shift is None else shifted(shift + self.weight_decay)
         return lambda v: joined(factors.apply(function, parted(v, own), kind), own)
 
     def _operator(self, context: Context, params: Any, names: tuple[str, ...]) -> Operator:
