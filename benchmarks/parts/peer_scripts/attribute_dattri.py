@@ -92,6 +92,8 @@ def score(folder: Folder, job: dict[str, Any], scratch: Path) -> np.ndarray:
         else:
             # The Fisher of DataInf has a batch of one gradient; of the targets only a few fit into memory at once.
             targets = options.pop("targets", None)
+            if method == "exact":  # it is given the options of CG, and has no steps
+                options.pop("max_iter", None)
             attributor = SOLVERS[method](task(folder, models)[0], **options)
             attributor.cache(whole(folder.x, folder.y))
             found = attributor.attribute(whole(folder.x, folder.y), whole(folder.tx, folder.ty, targets))
