@@ -156,7 +156,7 @@ def documents(world: Truth, margin: bool) -> list[Contestant]:
     # In units of the whole model's eigenvalues: the run is short, and much damping must leave dot products.
     ekfac = _solved("ekfac", margin, WHOLE, precision="float32", scale="model")
     theirs = {
-        method: Contestant(method, {"method": method}, grid(damping=[0.01, 0.1, 1.0, 10.0]), tool="bergson")
+        method: Contestant(method, {"method": method}, grid(damping=[0.1, 1.0, 10.0, 100.0]), tool="bergson")
         for method in ("ekfac", "kfac")
     }
     own = {"targets": "each", "features": features(world)}
