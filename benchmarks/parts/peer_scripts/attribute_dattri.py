@@ -21,6 +21,7 @@ from dattri.algorithm.trak import TRAKAttributor  # pyright: ignore[reportMissin
 from dattri.task import AttributionTask  # pyright: ignore[reportMissingImports]
 from torch.utils.data import DataLoader, TensorDataset
 
+TARGETS = 75
 SOLVERS = {
     "exact": influence.IFAttributorExplicit,
     "cg": influence.IFAttributorCG,
@@ -90,8 +91,9 @@ def score(folder: Folder, job: dict[str, Any], scratch: Path) -> np.ndarray:
         elif method in ("graddot", "gradcos", "tracin"):
             found = tracin(folder, models, options, method == "gradcos")
         else:
-            # The Fisher of DataInf has a batch of one gradient; of the targets only a few fit into memory at once.
-            targets = options.pop("targets", None)
+            # The Fisher of DataInf has a batch of one gradient. Of the targets only a few fit into memory at once: 300
+            # in one batch of CG on 4,810 weights took 24 GB.
+            targets = options.pop("targets", TARGETS if method in ("cg", "lissa") else None)
             if method == "exact":  # it is given the options of CG, and has no steps
                 options.pop("max_iter", None)
             attributor = SOLVERS[method](task(folder, models)[0], **options)
