@@ -189,8 +189,10 @@ def test_a_study_trains_its_scoring_models_so(tmp_path: Path, monkeypatch: pytes
     path = small_study.write_study(tmp_path / "study", rows=60, steps=12)
     feature = {"name": "gradients", "rank": 2, "checkpoint": 1}
     chosen = study.load(path, ["proxy.checkpoints=3", "proxy.weight=0.5", "train.steps=2"])
-    methods = ("random", {"name": "graddot", "features": feature})
-    run_study(chosen.model_copy(update={"methods": methods}), tmp_path / "run", workers=1)
+    inner = {"name": "gradcos", "features": {"name": "gradients", "rank": 2}}
+    tuned = {"name": "tuned", "inner": inner, "grid": {"features.rank": [1, 2]}, "groups": 2, "steps": 1}
+    methods = ("random", {"name": "graddot", "features": feature}, tuned)
+    result = run_study(chosen.model_copy(update={"methods": methods}), tmp_path / "run", workers=1)
 
     (folder,) = (tmp_path / "run").glob("steps/proxy-*")
     assert {"mark-4.safetensors", "mark-8.safetensors", "checkpoint.safetensors"} <= {p.name for p in folder.iterdir()}
@@ -202,3 +204,7 @@ def test_a_study_trains_its_scoring_models_so(tmp_path: Path, monkeypatch: pytes
     halved = Selection(pool.ids, np.full(len(pool), 0.5))
     want = loop.train(given["task"], encoded, np.arange(len(pool)), halved, recipe).params
     assert all(torch.equal(marks[-1].params[n], want[n]) for n in want)
+    (said,) = [
+        c["detail"] for c in result["checks"] if c["name"] == "tuned: options of gradcos against 2 short trainings"
+    ]
+    assert "features.rank 1: " in said and "features.rank 2: " in said and said.count("(chosen)") == 1

@@ -299,7 +299,8 @@ def run_study(
             if arm.grid:
                 raise InputError(
                     f"{arm.name} has a grid", where="methods", why="a run does not choose options",
-                    fix="name the options to use; `assay verify` chooses among a grid on half of the targets",
+                    fix="name the options to use; `assay verify` chooses among a grid on half of the targets, and "
+                    "{name = 'tuned', inner = ..., grid = ...} by short trainings",
                 )  # fmt: skip
             job.methods[arm.name], job.selectors[arm.name] = make(Scorer, arm.method), make(Selector, arm.select)
         with Meter() as meter:

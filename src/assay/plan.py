@@ -370,11 +370,11 @@ class _Draft:
         cells = float(self.rows) * width * self._models(method)
         # Features are read and checked once by the main process and once by the workers, at about 1 GB/s.
         seconds = 8 * cells / 1e9 + self._start()
-        if method.name == "trak":
+        if method.name in ("trak", "trackstar"):
             # Its Gram matrix takes 2 n d^2 operations, and the solution of the system d^3; unit length is a copy.
             seconds += 2 * cells * width / 6e10 + width**3 / 3e10 + 8 * cells / 1e9
         held = 12.0 * min(self.rows, self.study.shard) * width * (1 + self.busy)
-        heavy = held + (24.0 * width**2 if method.name == "trak" else 0.0)
+        heavy = held + (24.0 * width**2 if method.name in ("trak", "trackstar") else 0.0)
         self.add(Step(f"score: {method.name}", seconds, self.base + heavy, 8.0 * self.rows))
 
     def _of_examples(self, method: Scorer) -> None:

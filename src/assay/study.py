@@ -14,7 +14,7 @@ from typing import Any
 import pydantic
 
 from assay.core.errors import InputError, nearest
-from assay.core.method import Count, NonNegative, Scorer, Selector, make
+from assay.core.method import Count, NonNegative, Scorer, Selector, find, make
 from assay.core.selection import Budget
 from assay.specs import (
     ArmSpec,
@@ -145,7 +145,8 @@ def _arm(spec: Any) -> ArmSpec:
             f"not a method: {spec!r}", where="methods", fix="give a name, or a table with a name and options"
         )
     grid: Any = {}
-    if isinstance(spec, Mapping) and "grid" in spec:
+    # A method with an option of this name, as `tuned`, chooses for itself.
+    if isinstance(spec, Mapping) and "grid" in spec and "grid" not in find(Scorer, name).__dataclass_fields__:
         spec, grid = {k: v for k, v in spec.items() if k != "grid"}, spec["grid"]
         if not isinstance(grid, Mapping) or not all(isinstance(v, list | tuple) and len(v) for v in grid.values()):
             fix = "write grid = {damping = [0.01, 0.1, 1.0]}: a list of values for each option"

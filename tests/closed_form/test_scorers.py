@@ -313,7 +313,7 @@ def test_trak_leaves_out_the_margins_own_curvature_for_more_classes(three: World
     assert float((h - gram).norm() / h.norm()) > 0.1
 
 
-@pytest.mark.parametrize("spec", [{"name": "trak"}, trak_margin(0.1)], ids=["loss", "margin"])
+@pytest.mark.parametrize("spec", [{"name": "trak", "projections": "shared"}, trak_margin(0.1)], ids=["loss", "margin"])
 def test_trak_of_identical_models_is_that_of_one(three: World, best: Tensor, tmp_path: Path, spec: Any) -> None:
     one = three.scores(tmp_path / "1", spec, [three.params(best)])
     near(three.scores(tmp_path / "3", spec, [three.params(best)] * 3), one, 1e-12)

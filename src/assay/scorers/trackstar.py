@@ -42,7 +42,7 @@ class TrackStar(Scorer):
     targets: Targets = "mean"
     mix: Share | None = None
     crossing: Count = 1000
-    damping: NonNegative = 0.01
+    damping: NonNegative = 1.0
     every: bool = False
 
     cost: ClassVar[Cost] = "gradient"
@@ -70,7 +70,7 @@ class TrackStar(Scorer):
             kept = rows if self.targets == "each" else rows.mean(axis=0, keepdims=True)
             models.append((own, factor, own.sense * other.sense * kept))
         shares = ", ".join(f"{m:.3f}" for m in mixes)
-        context.note("trackstar: share of the target in R", f"{shares} of the models", mix=mixes)
+        context.note("share of the target in R", f"{shares} of the models", mix=mixes)
         return _State(target_columns(context, self.targets), models)
 
     def _mix(self, pool: np.ndarray, target: np.ndarray, fewest: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -29,7 +29,9 @@ class Trak(Scorer):
     Note: unit_length scales every phi to length 1 first, which takes length and loss out of the score; it is for
         output 'loss' only. Features for 'margin' are {name = "gradients", measure = "margin"}; weighted = false takes
         R = 1, as the published code does. every = true averages over every mark of the scoring models' training too,
-        which costs as many features. `queries`: features of the target where they are other than the pool's; targets =
+        which costs as many features. With projections = 'own' each model's features are projected by signs of their own
+        (seed + 1, seed + 2, ...), so that the errors of projection average out as well; 'shared' reads what other
+        methods read. `queries`: features of the target where they are other than the pool's; targets =
         'each' gives a column for each target example
     """
 
@@ -41,6 +43,7 @@ class Trak(Scorer):
     output: Literal["loss", "margin"] = "loss"
     weighted: bool = True
     every: bool = False
+    projections: Literal["own", "shared"] = "own"
     losses: Scorer = "loss"  # type: ignore[assignment]
 
     cost: ClassVar[Cost] = "gradient"
@@ -56,8 +59,9 @@ class Trak(Scorer):
                 why=f"features are {self.features.spec()}",
                 fix='features = {name = "gradients", measure = "margin"}',
             )
-        members = context.members(self.features, self.every)
-        asked = context.members(self.queries or self.features, self.every)
+        members, asked = (
+            self._projected(context.members(f, self.every)) for f in (self.features, self.queries or self.features)
+        )
         losses = context.members(self.losses, self.every) if self.output == "margin" else []
         slopes = []
         for k, (own, other) in enumerate(zip(members, asked, strict=True)):
@@ -74,6 +78,11 @@ class Trak(Scorer):
         for member in losses:
             context.table(member)
         return _State(target_columns(context, self.targets), slopes, losses)
+
+    def _projected(self, members: list[Featurizer]) -> list[Featurizer]:
+        # Exact gradients know no seed, and stay those that others read.
+        alike = self.projections == "shared" or getattr(members[0], "projection", "exact") == "exact"
+        return members if alike else [replace(m, **{"seed": m.seed + k}) for k, m in enumerate(members)]  # type: ignore[attr-defined]
 
     def columns(self, state: _State) -> tuple[str, ...]:
         return state.columns

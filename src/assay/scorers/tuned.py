@@ -12,7 +12,7 @@ import pydantic
 
 from assay.core.errors import InputError, nearest
 from assay.core.keys import digest, shuffled
-from assay.core.method import Batch, Context, Cost, Count, Method, Positive, Scorer
+from assay.core.method import Batch, Context, Cost, Count, Method, Positive, Scorer, Targets
 from assay.core.pool import Pool
 
 Parts = Annotated[int, pydantic.Field(ge=2)]
@@ -36,14 +36,15 @@ class Tuned(Scorer):
         all train with the same examples in the same places, those outside the part at weight 0. Options are chosen on
         half of `count` target examples of the half that selects, and the report has their figures on the other half
         beside; nothing is retrained from scratch. Keys of `grid` are options of `inner`, "features.size" is one of its
-        features. More steps ask for less damping. Trained from the first scoring model
+        features. More steps ask for less damping. Trained from the first scoring model. `targets` is handed to `inner`
     """
 
     inner: Scorer = "trak"  # type: ignore[assignment]
     grid: dict[str, list[Any]] = dataclasses.field(default_factory=lambda: {"damping": [0.01, 0.1, 1.0]})
-    groups: Count = 32
+    targets: Targets = "mean"
+    groups: Count = 16
     parts: Parts = 2
-    steps: Count = 20
+    steps: Count = 100
     lr: Positive = 1e-3
     optimiser: Literal["adamw", "sgd"] = "adamw"
     terms_per_step: Count = 1024
@@ -96,10 +97,10 @@ class Tuned(Scorer):
             for k, row in enumerate(rows)
         ]  # fmt: skip
         context.note(
-            f"{self.inner.name}: options against {len(masks)} short trainings",
+            f"options of {self.inner.name} against {len(masks)} short trainings",
             f"mean Spearman on the targets that choose / on others: {'; '.join(said)}", table=rows,
         )  # fmt: skip
-        chosen = self.points()[best][1]
+        chosen = dataclasses.replace(self.points()[best][1], **{"targets": self.targets})
         return _State(chosen, context.table(chosen).columns)
 
     def _parts(self, context: Context) -> tuple[Pool, Pool, np.ndarray]:
