@@ -53,7 +53,8 @@ class World:
 
 def logits(params: Weights, x: Tensor) -> Tensor:
     """`[m, n, classes]` of m models, `x` `[n, inputs]` for all or `[m, n, inputs]` for each."""
-    return vmap(lambda p, z: functional_call(TASK.module, p, (z,)), in_dims=(0, None if x.dim() == 2 else 0))(params, x)
+    module = TASK.module  # made here, for its first weights are random, and vmap allows nothing that is
+    return vmap(lambda p, z: functional_call(module, p, (z,)), in_dims=(0, None if x.dim() == 2 else 0))(params, x)
 
 
 def losses(params: Weights, x: Tensor, y: Tensor) -> Tensor:
