@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_scorers import DECAY, N, World, best, gradients, hessian, near, three  # noqa: F401 - fixtures
-from torch import Tensor
+from torch import Tensor, nn
 
 from assay.core.errors import InputError
 from assay.core.method import Mark, Scorer, make
@@ -329,3 +331,74 @@ def test_datainf_needs_damping_and_reads_text(tmp_path: Path) -> None:
         w.scores(tmp_path / "a", {"name": "datainf", "damping": 0.0}, [params])
     one = w.scores(tmp_path / "b", {"name": "datainf", "layers": "linear"}, [params])
     near(w.scores(tmp_path / "c", {"name": "datainf", "layers": "linear"}, [params], batch=1), one, 1e-9)
+
+
+class Borrower(nn.Module):
+    """Uses a weight once more, outside of its layer, where no rule of a layer sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(F.linear(torch.tanh(self.first(x)), self.first.weight)))
+
+
+class Borrowing(Classifier):
+    @cached_property
+    def module(self) -> nn.Module:
+        return Borrower()
+
+
+@pytest.fixture(scope="module")
+def borrowing(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("borrowing")
+    task, pool, target = Borrowing(inputs=5, hidden=(), classes=3), vector_pool(N), vector_pool(9, seed=1)
+    return World(
+        task, pool, target, prepared(task, pool, folder / "pool"), prepared(task, target, folder / "target"), folder
+    )
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical"])
+@pytest.mark.parametrize("targets", ["each", "mean"])
+def test_a_weight_used_outside_of_its_layer_counts(borrowing: World, tmp_path: Path, kind: str, targets: str) -> None:
+    """The audit finds it, says so, and sends it the slow way: rows, slopes of each target, and dots."""
+    w, theta = borrowing, somewhere(borrowing)
+    measurer = w.measurer(tmp_path, [w.params(theta)])
+    spec = {"name": "influence", "solver": "exact", "curvature": kind, "damping": 0.5, "targets": targets}
+    table = measurer.table(make(Scorer, spec))
+    truth = explicit(w, theta, kind, 0.5, "loss")
+    near(table.values, truth if targets == "each" else truth.mean(dim=1, keepdim=True), 1e-6)
+    assert "first.weight" in table.meta["notes"]["influence: gradients against plain backward passes"]["fallback"]
+    assert any("influence: 1 parameters have no rule" in str(said) for said in measurer.warnings)
+
+
+def test_other_scorers_count_it_too(borrowing: World, tmp_path: Path) -> None:
+    w, theta = borrowing, somewhere(borrowing)
+    measurer = w.measurer(tmp_path, [w.params(theta)])
+    g, v = gradients(w, theta), asked(w, theta, "loss")
+    moved = torch.linalg.solve(damped(squared(w, theta, "ggn"), 0.1), g.T)
+    own = (g.T * moved).sum(dim=0)
+    near(measurer.table(make(Scorer, "self_influence")).values[:, 0], -own / N, 1e-8)
+    inner = {"name": "influence", "solver": "exact", "targets": "each"}
+    near(measurer.table(make(Scorer, {"name": "relatif", "influence": inner})).values, (v @ moved / own.sqrt()).T, 1e-8)
+    want = torch.zeros(N, len(v), dtype=torch.float64)
+    for s in (slice(0, 30), slice(30, 48)):  # weight and bias of either layer
+        part = g[:, s]
+        level = 0.1 * float(part.square().sum()) / N / part.shape[1]
+        inverse = sum(torch.linalg.inv(torch.outer(x, x) + level * torch.eye(len(x)).double()) for x in part) / N
+        want += part @ inverse @ v[:, s].T / N
+    near(measurer.table(make(Scorer, {"name": "datainf", "targets": "each"})).values, want, 1e-8)
+
+
+def test_relatif_has_one_mean_eigenvalue_and_no_factored_divisor(deep: World, tmp_path: Path) -> None:
+    models = [deep.params(somewhere(deep))]
+    found = [
+        deep.scores(tmp_path / scale, {"name": "relatif", "influence": {"name": "influence", "scale": scale}}, models)
+        for scale in ("eigenvalue", "model")
+    ]
+    near(found[1], found[0], 1e-12)
+    for solver in ("kfac", "ekfac"):
+        inner = {"name": "influence", "solver": solver}
+        with pytest.raises(InputError, match=f"relatif: solver = '{solver}'"):
+            deep.scores(tmp_path / solver, {"name": "relatif", "influence": inner}, models)

@@ -40,7 +40,9 @@ def test_scores_are_the_quadratic_form_of_the_factors(three: World, best: Tensor
     eye = torch.eye(size, dtype=torch.float64).view(size, *factor.block.shape)
     basis = factor.turned(eye).flatten(1)
     values = factor.values(solver).flatten()
-    matrix = basis @ torch.diag(values) @ basis.T + (DECAY + 0.2 * float(values.mean())) * torch.eye(size).double()
+    matrix = (
+        basis @ torch.diag(values) @ basis.T + (DECAY + 0.2 * (DECAY + float(values.mean()))) * torch.eye(size).double()
+    )
 
     def by_rows(flat: Tensor) -> Tensor:
         return factor.joined({n: p[None] for n, p in three.params(flat).items()}).flatten()
@@ -59,6 +61,16 @@ def test_factors_come_near_the_exact_answer(three: World, best: Tensor, tmp_path
         found = three.scores(tmp_path / solver, {**QUICK, "solver": solver, "draws": 16}, models)
         near_by = float(np.corrcoef(found, exact)[0, 1])
         assert near_by > 0.9 and near_by > float(np.corrcoef(plain, exact)[0, 1]), (solver, near_by)
+
+
+def test_weight_decay_is_part_of_the_mean_eigenvalue(three: World, best: Tensor, tmp_path: Path) -> None:  # noqa: F811
+    """Where decay outweighs the curvature every solver has the same answer: decay is damped as it is by 'exact'."""
+    spec, models = {"name": "influence", "weight_decay": 1e8, "damping": 0.5}, [three.params(best)]
+    exact = three.scores(tmp_path / "exact", {**spec, "solver": "exact"}, models)
+    for solver in ("kfac", "ekfac"):
+        for scale in ("eigenvalue", "model"):
+            own = {**spec, "solver": solver, "scale": scale, "draws": 1}
+            near(three.scores(tmp_path / f"{solver}-{scale}", own, models), exact, 1e-6)
 
 
 def test_preconditioned_cg_has_the_same_answer_sooner(tmp_path: Path) -> None:

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from assay.core.task import Task
     from assay.numerics.project import Sketch
 
-# Examples on which the engine is compared with plain backward passes, before anything is computed with it.
-PROBE = 6
-
 
 @dataclass(frozen=True)
 class _State:
@@ -121,25 +118,14 @@ class Gradients(Featurizer):
 
     def _audited(self, state: _State, context: Context) -> _State:
         """The rules are compared with plain backward passes on a few examples; what does not add up goes without."""
-        from assay.numerics.persample import audit
+        from assay.train.rules import PROBE, audited
 
         inputs = {k: v.to(self.device) for k, v in context.sample(PROBE).inputs.items()}
-        found = audit(
-            state.task.module, self._measure(state), state.params, inputs, state.sketch, only=set(state.only),
-            metric=state.metric,
+        found = audited(
+            context, "gradients", state.params, state.only, f=self._measure(state), sketch=state.sketch,
+            metric=state.metric, inputs=inputs,
         )  # fmt: skip
-        if found.fallback:
-            context.warn(
-                f"gradients: {len(found.fallback)} parameters have no rule and take the slow path "
-                f"({', '.join(found.fallback[:3])}{', ...' if len(found.fallback) > 3 else ''})"
-            )
-        context.note(
-            "gradients against plain backward passes",
-            f"{PROBE} examples are off by {found.error:.1e} of their size; the layers hold {100 * found.share:.1f}% "
-            "of the squared norm",
-            share=found.share, error=found.error, fallback=list(found.fallback),
-        )  # fmt: skip
-        return replace(state, fallback=frozenset(found.fallback))
+        return replace(state, fallback=frozenset(found))
 
     def _measure(self, state: _State) -> Any:
         return state.task.loss if self.measure == "loss" else state.task.margin  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ def reading(task: Task, measure: Literal["loss", "margin"]) -> Loss:
 def curvature(
     task: Task, params: Params, batches: Source, count: int, *, kind: Kind, only: Sequence[str] | None = None,
     keys: Callable[[], Iterable[Any]] | None = None, seed: int = 0, cache: int = CACHE,
+    fallback: Collection[str] = (),
 ) -> Operator:  # fmt: skip
     """(1/N) sum_i H_i over the parameters of `only`, without weight decay.
 
@@ -54,7 +55,8 @@ def curvature(
     empirical: g_i g_i^T at the labels given.
 
     Where the rows of a small model fit into `cache` numbers, they are kept as factors (`Rows`); else every product goes
-    over the batches anew (`Curvature`).
+    over the batches anew (`Curvature`). Factors come from the layers' rules: with parameters in `fallback`, which have
+    none that holds, there are no rows.
     """
     if kind == "ggn" and not hasattr(task, "logits"):
         raise InputError(
@@ -65,7 +67,7 @@ def curvature(
     if kind == "fisher":
         batches = partial(_drawn, task, params, batches, keys, seed)
     source = _kept(batches)
-    if kind != "hessian" and cache:
+    if kind != "hessian" and cache and not fallback:
         held = _rows(task, params, own, source, count, kind, cache)
         if held is not None:
             return held
@@ -168,20 +170,24 @@ def _numbers(made: dict[str, tuple[Tensor, Tensor]]) -> int:
 
 
 def exact_gradients(
-    task: Task, params: Params, inputs: Inputs, *, f: Loss | None = None, only: Sequence[str] | None = None
+    task: Task, params: Params, inputs: Inputs, *, f: Loss | None = None, only: Sequence[str] | None = None,
+    fallback: set[str] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Per-example gradients of the loss, or of f, in the order of `only` or of `params`, `[b, p]`."""
+    """Per-example gradients of the loss, or of f, in the order of `only` or of `params`, `[b, p]`; those of
+    `fallback` without rules (by default those that have none)."""
     names = list(params) if only is None else list(only)
-    found, _ = gradients(task.module, f or task.loss, params, inputs, only=set(names))
+    found, _ = gradients(task.module, f or task.loss, params, inputs, only=set(names), fallback=fallback)
     return torch.cat([found[n] for n in names], dim=1)
 
 
 def slopes(
-    task: Task, params: Params, batches: Iterable[Inputs], f: Loss, only: Sequence[str], *, each: bool
-) -> Tensor:
+    task: Task, params: Params, batches: Iterable[Inputs], f: Loss, only: Sequence[str], *, each: bool,
+    fallback: set[str] | None = None,
+) -> Tensor:  # fmt: skip
     """Gradients of f of each example, `[p, q]`, or of its mean, `[p, 1]`."""
     if each:
-        return torch.cat([exact_gradients(task, params, inputs, f=f, only=only) for inputs in batches]).T.contiguous()
+        found = [exact_gradients(task, params, inputs, f=f, only=only, fallback=fallback) for inputs in batches]
+        return torch.cat(found).T.contiguous()
     total, count = torch.zeros(sum(params[n].numel() for n in only), dtype=params[only[0]].dtype), 0
     for inputs in batches:
         leaves = {n: params[n].detach().requires_grad_() for n in only}
@@ -192,7 +198,9 @@ def slopes(
     return total[:, None] / count
 
 
-def dots(task: Task, params: Params, inputs: Inputs, x_pk: Tensor, only: Sequence[str]) -> Tensor:
+def dots(
+    task: Task, params: Params, inputs: Inputs, x_pk: Tensor, only: Sequence[str], fallback: set[str] | None = None
+) -> Tensor:  # fmt: skip
     """<gradient of loss_i, x_k>, `[b, k]`.
 
     For many directions the gradients of the batch are formed and multiplied, which costs (t + k) o i an example in a
@@ -200,12 +208,12 @@ def dots(task: Task, params: Params, inputs: Inputs, x_pk: Tensor, only: Sequenc
     """
     b, k = len(next(iter(inputs.values()))), x_pk.shape[1]
     if k > 1 and b * len(x_pk) <= FORMED:
-        return exact_gradients(task, params, inputs, only=only) @ x_pk
+        return exact_gradients(task, params, inputs, only=only, fallback=fallback) @ x_pk
     own = {n: params[n] for n in only}
     parts = []
     for start in range(0, k, TOGETHER):
         directions = [unflat(x_pk[:, j].contiguous(), own) for j in range(start, min(k, start + TOGETHER))]
-        parts.append(products(task.module, task.loss, params, inputs, directions))
+        parts.append(products(task.module, task.loss, params, inputs, directions, fallback=fallback))
     return torch.cat(parts, dim=1)
 
 

@@ -163,9 +163,10 @@ class Factors:
         """Entries of all blocks."""
         return sum(f.corrected.numel() for f in self.blocks.values())
 
-    def trace(self, kind: Kind = "ekfac") -> float:
-        """Sum of all eigenvalues, per loss term."""
-        return sum(float(f.values(kind).double().sum()) for f in self.blocks.values()) * self.examples / self.terms
+    def trace(self, kind: Kind = "ekfac", decay: float = 0.0) -> float:
+        """Sum of all eigenvalues of F + decay, per loss term."""
+        total = sum(float(f.values(kind).double().sum()) for f in self.blocks.values())
+        return total * self.examples / self.terms + decay * self.size
 
     def apply(
         self, function: Callable[[Tensor], Tensor], given: Mapping[str, Tensor], kind: Kind = "ekfac"
@@ -183,15 +184,16 @@ class Factors:
     def inverse(
         self, given: Mapping[str, Tensor], *, damping: float, decay: float = 0.0, kind: Kind = "ekfac"
     ) -> dict[str, Tensor]:
-        """(F + decay + damping x mean eigenvalue of the block)^-1 g; 0 where F is 0 and nothing is added to it."""
+        """(H + damping x mean eigenvalue of H in the block)^-1 g, H = F + decay; 0 where H is 0 and is not damped."""
         return self.apply(damped(damping, decay), given, kind)
 
 
 def damped(damping: float, decay: float = 0.0) -> Callable[[Tensor], Tensor]:
-    """Eigenvalues of a block to those of its damped inverse: 1 / (x + decay + damping x mean)."""
+    """Eigenvalues of a block to those of its damped inverse: 1 / (y + damping x mean of y), y = x + decay."""
 
     def function(values: Tensor) -> Tensor:
-        shifted = values + decay + damping * values.mean()
+        own = values + decay
+        shifted = own + damping * own.mean()
         return torch.where(shifted > 0, 1 / shifted, torch.zeros_like(shifted))
 
     return function

@@ -20,8 +20,8 @@ class _State:
     task: Any
     columns: tuple[str, ...]
     names: tuple[str, ...]
-    models: list[tuple[dict[str, Tensor], Tensor]]
-    """Parameters, and the directions `[p, c]`."""
+    models: list[tuple[dict[str, Tensor], Tensor, set[str]]]
+    """Parameters, the directions `[p, c]`, and the parameters that go without rules."""
 
 
 class DataInf(Scorer):
@@ -50,6 +50,7 @@ class DataInf(Scorer):
         import torch
 
         from assay.numerics.curvature import parameters
+        from assay.train.rules import audited
 
         if self.damping == 0:
             raise InputError(
@@ -59,26 +60,27 @@ class DataInf(Scorer):
         models = []
         for params in context.models:
             held = {n: p.to(getattr(torch, self.precision)) for n, p in params.items()}
-            models.append((held, self._directions(context, held, names) / len(context.pool)))
+            slow = audited(context, self.name, held, names)
+            models.append((held, self._directions(context, held, names, slow) / len(context.pool), slow))
         return _State(context.task, target_columns(context, self.targets), names, models)
 
     def columns(self, state: _State) -> tuple[str, ...]:
         return state.columns
 
-    def _directions(self, context: Context, params: Any, names: tuple[str, ...]) -> Tensor:
+    def _directions(self, context: Context, params: Any, names: tuple[str, ...], slow: set[str]) -> Tensor:
         """sum over layers of (1/N) sum_j (g_j g_j^T + lambda)^-1 v, `[p, c]`."""
         import torch
 
         from assay.numerics.curvature import exact_gradients, reading, slopes
 
         f, inputs = reading(context.task, self.measure), (batch.inputs for batch in context.batches(context.target))
-        v = slopes(context.task, params, inputs, f, names, each=self.targets == "each")
+        v = slopes(context.task, params, inputs, f, names, each=self.targets == "each", fallback=slow)
         v = v[:, batch_places(context, context.target)] if self.targets == "each" else v
         spans, count = _spans(params, names), len(context.pool)
 
         def gradients() -> Iterator[Tensor]:
             for batch in context.batches(context.pool):
-                yield exact_gradients(context.task, params, batch.inputs, only=names)
+                yield exact_gradients(context.task, params, batch.inputs, only=names, fallback=slow)
 
         squares = sum(torch.stack([g[:, s].square().sum() for s in spans]) for g in gradients())
         assert not isinstance(squares, int)
@@ -108,7 +110,8 @@ class DataInf(Scorer):
     def score(self, state: _State, batch: Batch) -> Any:
         from assay.numerics.curvature import dots
 
-        found = [dots(state.task, params, batch.inputs, x, state.names).numpy() for params, x in state.models]
+        task, inputs, names = state.task, batch.inputs, state.names
+        found = [dots(task, params, inputs, x, names, slow).numpy() for params, x, slow in state.models]
         return np.mean(found, axis=0, dtype=np.float64)
 
 

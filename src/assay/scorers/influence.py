@@ -38,8 +38,8 @@ class _State:
     task: Any
     columns: tuple[str, ...]
     names: tuple[str, ...]
-    models: list[tuple[dict[str, Tensor], Tensor]]
-    """Parameters, and the directions `[p, c]`: (1/N) (H + damping)^-1 grad f."""
+    models: list[tuple[dict[str, Tensor], Tensor, set[str]]]
+    """Parameters, the directions `[p, c]`: (1/N) (H + damping)^-1 grad f, and the parameters that go without rules."""
 
 
 class Influence(Scorer):
@@ -96,6 +96,7 @@ class Influence(Scorer):
         import torch
 
         from assay.numerics.curvature import parameters
+        from assay.train.rules import audited
 
         if self.minibatch < 0 or (self.minibatch and self.solver != "lissa"):
             raise InputError(
@@ -106,22 +107,25 @@ class Influence(Scorer):
         models = []
         for index, params in enumerate(context.models):
             held = {n: p.to(getattr(torch, self.precision)) for n, p in params.items()}
-            models.append((held, self._directions(context, held, names, index) / len(context.pool)))
+            slow = audited(context, self.name, held, names)
+            models.append((held, self._directions(context, held, names, index, slow) / len(context.pool), slow))
         return _State(context.task, target_columns(context, self.targets), names, models)
 
     def columns(self, state: _State) -> tuple[str, ...]:
         return state.columns
 
-    def _directions(self, context: Context, params: Any, names: tuple[str, ...], index: int) -> Tensor:
+    def _directions(
+        self, context: Context, params: Any, names: tuple[str, ...], index: int, slow: set[str]
+    ) -> Tensor:  # fmt: skip
         """(H + damping)^-1 grad f, `[p, c]`."""
         from assay.numerics.curvature import reading, slopes
 
         f, inputs = reading(context.task, self.measure), (batch.inputs for batch in context.batches(context.target))
-        v = slopes(context.task, params, inputs, f, names, each=self.targets == "each")
+        v = slopes(context.task, params, inputs, f, names, each=self.targets == "each", fallback=slow)
         v = v[:, batch_places(context, context.target)] if self.targets == "each" else v
         if self.solver in ("kfac", "ekfac"):
             return self._factored(context, params, names, index)(v)
-        solution = self._solved(context, params, names, v, index)
+        solution = self._solved(context, params, names, v, index, slow)
         poor = POOR if self.solver == "arnoldi" else SHORT * self.tolerance
         said = f"{solution.iterations} products, residual {solution.residual:.1e}, damping {solution.damping:.3g}"
         if not solution.residual <= poor:
@@ -135,10 +139,12 @@ class Influence(Scorer):
         )  # fmt: skip
         return solution.x
 
-    def _solved(self, context: Context, params: Any, names: tuple[str, ...], v: Tensor, index: int) -> Solution:
+    def _solved(
+        self, context: Context, params: Any, names: tuple[str, ...], v: Tensor, index: int, slow: set[str]
+    ) -> Solution:  # fmt: skip
         from assay.numerics import solve
 
-        operator = self._operator(context, params, names)
+        operator = self._operator(context, params, names, slow)
         operator.decay = self.weight_decay
         if self.solver == "exact":
             if operator.size > LARGEST:
@@ -210,12 +216,12 @@ class Influence(Scorer):
         )  # fmt: skip
         own, kind = {n: params[n] for n in names}, "kfac" if self.solver == "kfac" else "ekfac"
         if shift is None and self.scale != "eigenvalue":
-            shift = self._damping(context, index, factors.trace(kind), factors.size)
+            shift = self._damping(context, index, factors.trace(kind, self.weight_decay), factors.size)
         each = damped(self.damping, self.weight_decay)
         function = each if shift is None else shifted(shift + self.weight_decay)
         return lambda v: joined(factors.apply(function, parted(v, own), kind), own)
 
-    def _operator(self, context: Context, params: Any, names: tuple[str, ...]) -> Operator:
+    def _operator(self, context: Context, params: Any, names: tuple[str, ...], slow: set[str]) -> Operator:
         from assay.core.keys import hash_ids
         from assay.numerics.curvature import curvature
 
@@ -223,6 +229,7 @@ class Influence(Scorer):
         return curvature(
             context.task, params, lambda: (b.inputs for b in context.batches(pool)), len(pool), kind=self.curvature,
             only=names, keys=lambda: (hash_ids(b.ids) for b in context.batches(pool)), seed=self.seed,
+            fallback=slow,
         )  # fmt: skip
 
     def _sampled(self, context: Context, params: Any, names: tuple[str, ...]) -> Any:
@@ -252,5 +259,6 @@ class Influence(Scorer):
     def score(self, state: _State, batch: Batch) -> Any:
         from assay.numerics.curvature import dots
 
-        found = [dots(state.task, params, batch.inputs, x, state.names).numpy() for params, x in state.models]
+        task, inputs, names = state.task, batch.inputs, state.names
+        found = [dots(task, params, inputs, x, names, slow).numpy() for params, x, slow in state.models]
         return np.mean(found, axis=0, dtype=np.float64)

@@ -17,8 +17,9 @@ class RelatIF(Scorer):
         'weights': s_i = grad f^T H^-1 grad loss_i / |H^-1 grad loss_i|, H damped as by `influence`
     Reference: Barshan, Brunet & Dziugaite 2020, arXiv:2003.11630
     Note: the version 'loss', divided by sqrt(grad f^T H^-1 grad f), is a cosine. Curvature, damping, weight decay and
-        layers are those of `influence`; the divisor is `self_influence` with the same, for up to 20,000 weights. With
-        several scoring models both are averaged first. 0 where an example moves nothing
+        layers are those of `influence`, by any solver but kfac and ekfac; the divisor is `self_influence` with the
+        same, for up to 20,000 weights. With several scoring models both are averaged first. 0 where an example moves
+        nothing
     """
 
     influence: Scorer = "influence"  # type: ignore[assignment]
@@ -37,8 +38,16 @@ class RelatIF(Scorer):
                 f"relatif: {given['name']!r} is not the scorer 'influence'", why="its curvature is needed again",
                 fix="influence = 'influence', or a table with that name and options",
             )  # fmt: skip
-        same = ("curvature", "layers", "damping", "scale", "weight_decay", "seed")
-        return make(Scorer, {"name": "self_influence", "of": self.version, **{name: given[name] for name in same}})
+        if given["solver"] in ("kfac", "ekfac"):
+            raise InputError(
+                f"relatif: solver = {given['solver']!r} of its influence has no divisor",
+                why="the divisor factorises the whole curvature, which Kronecker factors only approximate",
+                fix="influence = {name = 'influence', solver = 'cg'}, or 'exact'",
+            )
+        same = {name: given[name] for name in ("curvature", "layers", "damping", "scale", "weight_decay", "seed")}
+        if same["scale"] == "model":  # one matrix of all weights has but one mean eigenvalue
+            same["scale"] = "eigenvalue"
+        return make(Scorer, {"name": "self_influence", "of": self.version, **same})
 
     def children(self) -> list[Method]:
         return [self.influence, self.own]

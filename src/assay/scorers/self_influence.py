@@ -38,15 +38,17 @@ class SelfInfluence(Scorer):
 
     def init(self, context: Context) -> Any:
         from assay.numerics.curvature import parameters
+        from assay.train.rules import audited
 
         names = tuple(parameters(context.task, context.models[0], self.layers))
         factors = []
         for index, params in enumerate(context.models):
             wide = {n: p.double() for n, p in params.items()}
-            factors.append((wide, self._factor(context, wide, names, index)))
+            slow = audited(context, self.name, wide, names)
+            factors.append((wide, self._factor(context, wide, names, index, slow), slow))
         return context.task, names, len(context.pool), factors
 
-    def _factor(self, context: Context, params: Any, names: tuple[str, ...], index: int) -> Any:
+    def _factor(self, context: Context, params: Any, names: tuple[str, ...], index: int, slow: set[str]) -> Any:
         """The Cholesky factor of H + damping, `[p, p]`."""
         from assay.core.keys import hash_ids
         from assay.numerics import solve
@@ -62,6 +64,7 @@ class SelfInfluence(Scorer):
         operator = curvature(
             context.task, params, lambda: (b.inputs for b in context.batches(pool)), len(pool), kind=self.curvature,
             only=names, keys=lambda: (hash_ids(b.ids) for b in context.batches(pool)), seed=self.seed,
+            fallback=slow,
         )  # fmt: skip
         operator.decay = self.weight_decay
         matrix = operator.dense()
@@ -85,8 +88,8 @@ class SelfInfluence(Scorer):
 
         task, names, count, factors = state
         found = []
-        for params, lower in factors:
-            grads = exact_gradients(task, params, batch.inputs, only=names).T
+        for params, lower, slow in factors:
+            grads = exact_gradients(task, params, batch.inputs, only=names, fallback=slow).T
             if self.of == "loss":
                 halves = torch.linalg.solve_triangular(lower, grads, upper=False)
                 found.append(halves.square().sum(dim=0).numpy() / count)

@@ -26,7 +26,8 @@ class SelfTrak(Scorer):
     Reference: Park et al. 2023, arXiv:2303.14186; self-influence as in Koh & Liang 2017, arXiv:1703.04730, sec. 5.4
     Note: a diagnostic, not a utility; `self_influence` factorises the curvature of all weights, this one that of
         projected gradients: for wrong labels take output = 'margin' with features = {name = "gradients", measure =
-        "margin"}, and several scoring models
+        "margin"}, and several scoring models. It is minus what `trak` gives the example as a target only where that has
+        unit_length = false and weighted = false, which are not its defaults
     """
 
     features: Featurizer = "gradients"  # type: ignore[assignment]

@@ -84,10 +84,13 @@ class Source(Scorer):
         """Checkpoints of one run with their directions, from the last segment to the first."""
         from assay.numerics.kfac import faded, gathered, scaled
         from assay.train.factors import Fisher, fit, passes, target_gradients
+        from assay.train.rules import audited
 
         fisher = Fisher(labels=self.labels, draws=self.draws, block=self.block, seed=self.seed)
         names, found, encoded = self._names(context), [], context.encoded(context.pool)
-        v = target_gradients(context, run[-1].params, names, measure=self.measure, each=self.targets == "each")
+        slow = audited(context, self.name, run[-1].params, names)
+        each = self.targets == "each"
+        v = target_gradients(context, run[-1].params, names, measure=self.measure, each=each, fallback=slow)
         parts = np.array_split(np.arange(len(run)), min(self.segments, len(run)))
         for index in range(len(parts) - 1, -1, -1):
             segment = [run[i] for i in parts[index]]

@@ -163,16 +163,22 @@ def fit(
 
 
 def target_gradients(
-    context: Context, params: Params, names: set[str], *, measure: Literal["loss", "margin"], each: bool
+    context: Context,
+    params: Params,
+    names: set[str],
+    *,
+    measure: Literal["loss", "margin"],
+    each: bool,
+    fallback: set[str],
 ) -> dict[str, Tensor]:
     """Gradients of f, the loss or minus the margin, by name: of every target example `[q, *shape]`, or their mean
-    `[1, *shape]`."""
+    `[1, *shape]`; those of `fallback` without rules."""
     task, found = context.task, []
     if measure == "margin" and not hasattr(task, "margin"):
         raise InputError("this task has no margin", why="margins are of classifiers", fix="measure = 'loss'")
     f = task.loss if measure == "loss" else lambda p, batch: -task.margin(p, batch)
     for batch in context.batches(context.target):
-        rows, _ = gradients(task.module, f, params, batch.inputs, only=names)
+        rows, _ = gradients(task.module, f, params, batch.inputs, only=names, fallback=fallback)
         found.append(rows if each else {n: g.sum(dim=0, keepdim=True) for n, g in rows.items()})
     stacked = {n: torch.cat([rows[n] for rows in found]) for n in found[0]}
     if each:
