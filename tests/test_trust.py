@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ from typer.testing import CliRunner
 from assay.cli import app
 from assay.core.errors import InputError
 from assay.core.keys import decode_ids
+from assay.core.method import Scorer, make
 from assay.core.table import Table
 from assay.numerics import lds
 from assay.report import page
 from assay.study import parse
 from assay.train.module import load_task
 from assay.trust import checks, standing
-from assay.trust.contest import Entry
+from assay.trust.contest import Entry, each
+from assay.trust.findings import _check
 from assay.trust.run import verify_study
 from mylab.oracle import planted
 
@@ -148,6 +151,49 @@ def test_an_option_at_the_edge_of_its_grid_is_told() -> None:
     assert edges([0.1, 1.0, 10.0], 1) == edges([0.1, 1.0], 1) == edges(["a", "b", "c"], 0) == []
 
 
+def test_a_method_beats_the_nulls_only_if_it_beats_each_of_them() -> None:
+    """The null with the least gain may be sure to be beaten, and another one not."""
+    sure, unsure = (
+        {"name": n, "value": v, "ci": ci} for n, v, ci in (("a", 0.1, [0.05, 0.15]), ("b", 0.3, [-0.1, 0.7]))
+    )
+    row = {"null": False, "lds_avg": {"value": 0.5, "ci": [0.3, 0.7]}}
+    assert standing.least([sure, unsure]) == unsure == standing.least([unsure, sure])
+    assert standing.verdict(row | {"over_null": unsure}, "lds_avg") == "better than random"
+    assert standing.verdict(row | {"over_null": standing.least([sure])}, "lds_avg") == "beats the nulls"
+
+
+def test_scorers_within_scorers_are_asked_for_each_target_and_for_what_is_measured(folder: Path) -> None:
+    asked = study(folder, lds={"measure": "margin"})
+    relatif = each(make(Scorer, "relatif"), asked).spec()
+    assert (relatif["influence"]["targets"], relatif["influence"]["measure"]) == ("each", "margin")
+    tuned = each(make(Scorer, {"name": "tuned", "grid": {"features.size": [64]}}), asked)
+    assert tuned.spec()["targets"] == "each" and tuned.spec()["inner"]["queries"]["measure"] == "margin"
+    ((_, point),) = tuned.points()  # type: ignore[attr-defined]
+    assert point.spec()["features"]["size"] == point.spec()["queries"]["size"] == 64
+    dsdm = each(make(Scorer, "dsdm"), asked).spec()
+    assert dsdm["estimates"]["queries"]["measure"] == "margin"
+
+
+def test_one_wrong_label_is_too_few_for_an_auc(monkeypatch: pytest.MonkeyPatch) -> None:
+    trust = SimpleNamespace(job=None, spec=SimpleNamespace(level=0.95))
+    for wrong in ([True] + [False] * 9, [False] + [True] * 9):
+        monkeypatch.setattr(checks, "flipped", lambda _, wrong=wrong: np.array(wrong))
+        assert "two of either kind" in checks.mislabel(trust)["refused"]  # type: ignore[arg-type]
+
+
+def test_findings_say_whether_the_loss_alone_does_as_well() -> None:
+    def sentence(check: str, loss: float) -> str:
+        rows = [
+            {"name": "trak", "null": False, "value": 0.8, "verdict": "better"},
+            {"name": "loss", "null": True, "value": loss, "verdict": "better"},
+        ]
+        return _check({"title": "T", "check": check, "rows": rows, "control": {"name": "random"}})
+
+    assert "loss alone does as well (0.90, the best method 0.80)" in sentence("mislabel", 0.9)
+    assert "loss alone does not do as well" in sentence("known_answer", 0.7)
+    assert "alone" not in sentence("tail_patch", 0.9)
+
+
 def test_every_check_has_a_control_and_says_what_it_found(whole: dict[str, Any]) -> None:
     found = {check["check"]: check for check in whole["checks"]}
     assert set(found) == {"removal", "leave_one_out", "known_answer", "tail_patch", "mislabel"}
@@ -251,7 +297,15 @@ def test_a_perfect_method_reaches_the_ceiling_and_a_useless_one_is_called_so(
     rows, top = by_name(result["methods"]), result["bank"]["ceiling"]["average"]
     assert top == pytest.approx(np.sqrt(2 / 3), abs=0.06)  # two seeds, each as noisy as the subsets differ
     assert rows["perfect"]["lds_avg"]["value"] == pytest.approx(top, abs=0.05)
-    assert rows["perfect"]["verdict"] == "beats the nulls" and "beats the best baseline" in result["findings"][1]
+    assert rows["perfect"]["verdict"] == "beats the nulls" and "beats every baseline" in result["findings"][1]
+    best = max((r for r in rows.values() if not r["null"]), key=lambda r: r["lds_avg"]["value"])
+    assert f"{best['name']} predicts retraining best" in result["findings"][0]
+    assert "the best of 4" in result["findings"][0] and "not corrected" in result["findings"][0]
+    nulls = {name for name, row in rows.items() if row["null"]}
+    for row in rows.values():
+        assert row["over_null"]["name"] in nulls - {row["name"]}
+        if "over_random" in row:
+            assert row["over_null"]["ci"][0] <= row["over_random"]["ci"][0]
     assert rows["useless"]["verdict"] == "no better than random"
     assert rows["upside-down"]["verdict"] == "misleading"
     assert rows["chosen"]["options"]["noise"] == 0.0

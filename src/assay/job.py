@@ -53,6 +53,8 @@ class Job:
     """The steps that the pool was read by: columns besides its contents may differ between two of them."""
     quarantined: dict[str, Any] = field(default_factory=dict)
     hits: gate.Hits = field(init=False)
+    withheld: np.ndarray | None = None
+    """Ids of the target that are scored but on which no scorer may choose its options."""
     task: Task | None = None
     encodings: dict[str, Path] = field(default_factory=dict)
     proxies: list[Path] = field(default_factory=list)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from assay.core.errors import InputError
-from assay.core.keys import canonical, hash_ids, write_json
+from assay.core.keys import canonical, digest_ids, hash_ids, write_json
 from assay.core.method import Featurizer, Mark, Method, mark_of
 from assay.core.pool import Pool
 from assay.core.progress import Progress
@@ -178,6 +178,7 @@ class Measurer:
         workers: int = 1, batch: int = 64, shard: int = 1024, area: int = AREA, progress: Progress | None = None,
         source: list[str] | None = None, optimisers: list[dict[str, Any]] | None = None,
         barred: np.ndarray | None = None, trajectories: list[list[Mark]] | None = None, recipe: Any = None,
+        withheld: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         for what, part in (("pool", pool), ("target", target)):
             if not len(part):
@@ -191,6 +192,7 @@ class Measurer:
         self.trajectories = trajectories or alone
         assert all(run[-1].params is model for run, model in zip(self.trajectories, self.models, strict=True))
         self.barred, self.recipe = pool.ids[:0] if barred is None else barred, recipe
+        self.withheld = target.ids[:0] if withheld is None else withheld
         self.warnings: list[str] = []
         self.computed = 0
         """Rows that this object computed itself; the others were found made."""
@@ -364,7 +366,7 @@ class Measurer:
 
     def _step(self, method: Method, pool: Pool) -> tuple[str, dict[str, Any]]:
         """Name and key of the step that makes a method's Table."""
-        kind = "features" if isinstance(method, Featurizer) else "scores"
+        kind, choosing = "features" if isinstance(method, Featurizer) else "scores", not isinstance(method, Featurizer)
         return f"{kind}-{method.name.rpartition('.')[2]}", {
             "method": method.spec(), "code": [m.code() for m in family(method)], "pool": pool.fingerprint,
             # Features do not look at the target: another target finds them made.
@@ -372,6 +374,8 @@ class Measurer:
             "reference": self.pool.fingerprint, "seed": self.seed, "source": self.source,
             "models": self.key if uses_model(method) else "",
             "batch": self.batch, "shard": self.shard, "area": self.area,
+            # Named only where there are some, so that what was made without them is found again.
+            **({"withheld": digest_ids(self.withheld)} if choosing and len(self.withheld) else {}),
         }  # fmt: skip
 
     def _label(self, method: Method, pool: Pool) -> str:

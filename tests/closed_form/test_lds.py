@@ -164,6 +164,14 @@ def test_too_few_subsets_or_targets_have_no_interval() -> None:
             measure.score(*few, label="lds_avg")
 
 
+def test_a_target_whose_loss_never_changes_is_left_out_of_the_ceiling() -> None:
+    values = np.random.default_rng(1).normal(size=(30, 4, 5)) + np.arange(30.0)[:, None, None] / 10
+    flat = values.copy()
+    flat[:, 1, 2] = 0.7
+    assert measure.ceiling(flat) == measure.ceiling(np.delete(values, 2, axis=2))
+    assert measure.ceiling(np.ones((30, 4, 5))) == measure.Ceiling(None, None)
+
+
 def test_one_seed_has_no_ceiling_and_pure_noise_has_a_ceiling_near_zero() -> None:
     _, _, values = planted()
     assert measure.ceiling(values[:, :1]) == measure.Ceiling(None, None)

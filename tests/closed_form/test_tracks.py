@@ -14,6 +14,7 @@ from test_scorers import World, exact_features, hessian, looped_flat, near, thre
 from torch import Tensor
 
 from assay.core.errors import InputError
+from assay.core.keys import decode_ids
 from assay.core.method import Batch, Cost, Featurizer, Mark, Scorer, Selector, make
 from assay.core.pool import Pool
 from assay.core.run import Run
@@ -403,6 +404,38 @@ def test_the_choice_does_not_see_batches_or_order(two: World, tmp_path: Path) ->
         near(found.align(two.pool.ids).values, plain.values, 1e-4)
         for a, b in zip(rows_of(found), rows_of(plain), strict=True):
             assert a["tuning"] == pytest.approx(b["tuning"], abs=0.02)
+
+
+def test_dsdm_of_estimates_for_each_target_is_their_mean(two: World, tmp_path: Path) -> None:  # noqa: F811
+    inner, at = {"name": "graddot", "features": EXACT}, theta(0, two.fit().numel())
+    found = [
+        single(two, tmp_path / t, {"name": "dsdm", "estimates": {**inner, "targets": t}}, at) for t in ("mean", "each")
+    ]
+    near(found[1].values, found[0].values, 1e-6)
+    assert len(found[1].columns) == 1
+
+
+def test_targets_that_are_withheld_choose_nothing(two: World, tmp_path: Path) -> None:  # noqa: F811
+    """Other reported targets, all wrong and with other ids: the table of options stays as it is."""
+    at = two.fit(decay=1e-3).float()
+    spec = tuned(3, 1.0, groups=6, terms_per_step=30)
+    x, y, ids = np.array(two.target.column("pixels")), np.array(two.target.column("label")), decode_ids(two.target.ids)
+    found = []
+    for name in ("as they are", "others"):
+        if name == "others":
+            x[5:], y[5:], ids[5:] = -3 * x[5:], 1 - y[5:], [f"other {i}" for i in range(len(ids) - 5)]
+        folder = tmp_path / name
+        target = Pool.from_columns({"id": ids, "pixels": x.tolist(), "label": y.tolist()})
+        prepared(two.task, target, folder / "target")
+        (folder / "pool").symlink_to(two.folder / "pool")
+        w = World(two.task, two.pool, target, two.encoded, two.task.encoded(folder / "target"), folder)
+        runs = [[Mark(w.params(at), {})]]
+        free, bound = (
+            rows_of(table(w, folder / kind, spec, runs, **options))
+            for kind, options in (("free", {}), ("bound", {"withheld": target.ids[5:]}))
+        )
+        found.append((free, bound))
+    assert found[0][1] == found[1][1] and found[0][0] != found[1][0]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ class Context(Protocol):
     unknown history has one mark of one step at rate 1."""
     barred: np.ndarray
     """Ids of the pool that contain target items: no model that scores may train on them."""
+    withheld: np.ndarray
+    """Ids of the target that are scored but must choose nothing, for figures on them will be reported."""
     recipe: Any
     """The `Recipe` of the scoring models; None where it is not known."""
     seed: int

@@ -47,7 +47,7 @@ class Lds:
 class Ceiling:
     """The LDS of scores that are perfect but cannot know the seed: against one seed, and against the mean over seeds.
 
-    None where one seed was trained: nothing then tells signal from noise.
+    None where one seed was trained: nothing then tells signal from noise. None, too, where no loss differs.
     """
 
     one: float | None
@@ -131,11 +131,13 @@ def ceiling(values: np.ndarray) -> Ceiling:
 
     Seeds are split into two halves of h, as often as it differs up to 64 times; r_h is the mean Spearman correlation
     of their mean losses over subsets. By Spearman and Brown one seed has the reliability r = r_h / (h - (h - 1) r_h),
-    the mean of R has R r / (1 + (R - 1) r), and scores that are right correlate at most with its square root.
+    the mean of R has R r / (1 + (R - 1) r), and scores that are right correlate at most with its square root. Targets
+    whose losses at some seed are the same for every subset have no order and are left out; None if no other is left.
     Source: Spearman 1910; Brown 1910.
     """
-    subsets, seeds, _ = values.shape
-    if seeds < 2:
+    values = values[:, :, ~_flat(values).any(axis=0)]
+    _, seeds, targets = values.shape
+    if seeds < 2 or not targets:
         return Ceiling(None, None)
     half = seeds // 2
     found = []
@@ -180,8 +182,7 @@ def _pair(masks: np.ndarray, scores: np.ndarray, values: np.ndarray) -> tuple[np
             raise InputError(f"{count} of the {what} are not finite", why="a rank of nothing is nothing")
     predicted = masks.astype(np.float64) @ scores
     for what, numbers in (("predictions", predicted), ("losses", values)):
-        spread, size = np.ptp(numbers, axis=0), np.abs(numbers).max(axis=0)
-        flat = np.flatnonzero(spread <= 1e-12 * size)
+        flat = np.flatnonzero(_flat(numbers))
         if len(flat):
             raise InputError(
                 f"the {what} of {len(flat)} of {values.shape[1]} targets are the same for every subset",
@@ -189,6 +190,11 @@ def _pair(masks: np.ndarray, scores: np.ndarray, values: np.ndarray) -> tuple[np
                 fix="drop the method or those targets",
             )  # fmt: skip
     return predicted, -np.asarray(values, dtype=np.float64)
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    """Where the numbers along the first axis are all the same, but for rounding."""
+    return np.ptp(values, axis=0) <= 1e-12 * np.abs(values).max(axis=0)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -41,8 +41,9 @@ class DsDm(Scorer):
 
     def init(self, context: Context) -> _State:
         if self.per == "example":
-            context.table(self.estimates)
-            return _State(self.estimates, np.ones(1))
+            columns = context.table(self.estimates).columns
+            count = len(columns) if getattr(self.estimates, "targets", "mean") == "each" else 1
+            return _State(self.estimates, np.full(count, 1 / count))
         if self.group not in context.target.columns or not hasattr(self.estimates, "targets"):
             raise InputError(
                 "dsdm: per = 'group' needs groups, and estimates for each target example",

@@ -34,9 +34,10 @@ class Tuned(Scorer):
         score as in Park et al. 2023, arXiv:2303.14186
     Note: a keyed sample of the pool is cut at random into `parts`, again and again until there are `groups` of them;
         all train with the same examples in the same places, those outside the part at weight 0. Options are chosen on
-        half of `count` target examples of the half that selects, and the report has their figures on the other half
-        beside; nothing is retrained from scratch. Keys of `grid` are options of `inner`, "features.size" is one of its
-        features. More steps ask for less damping. Trained from the first scoring model. `targets` is handed to `inner`
+        half of `count` target examples of the half that selects (never of those that a verification reports), and the
+        report has their figures on the other half beside; nothing is retrained from scratch. Keys of `grid` are options
+        of `inner`, "features.size" is one of its features (and `queries`, if it has them). More steps ask for less
+        damping. Trained from the first scoring model. `targets` is handed to `inner`
     """
 
     inner: Scorer = "trak"  # type: ignore[assignment]
@@ -107,11 +108,17 @@ class Tuned(Scorer):
         """A keyed sample of the pool without barred rows, one of the target, and which of that does not choose."""
         free = np.flatnonzero(~np.isin(context.pool.ids, context.barred))
         rows = free[shuffled(context.pool.ids[free], "tuned", "pool", self.seed)[: self.sample]]
-        order = shuffled(context.target.ids, "tuned", "target", self.seed)[: self.count]
+        may = np.flatnonzero(~np.isin(context.target.ids, context.withheld))
+        order = may[shuffled(context.target.ids[may], "tuned", "target", self.seed)[: self.count]]
         if len(rows) < 2 * self.parts:
             raise InputError(
                 f"tuned: {len(rows)} examples cannot be cut into {self.parts} parts", where="tuned",
                 why="a part needs at least two", fix="lower `parts`, or give a larger pool",
+            )  # fmt: skip
+        if not len(order):
+            raise InputError(
+                "tuned: no target example may choose options", where="tuned", why="all are withheld for the report",
+                fix="give the half of the target that selects some examples",
             )  # fmt: skip
         judged = np.arange(len(order)) >= -(-len(order) // 2)
         whole = len(rows) == len(context.pool)
@@ -159,7 +166,12 @@ def _changed(method: Any, key: str, value: Any) -> Any:
     known = [f.name for f in dataclasses.fields(method)]
     if head not in known or (rest and not isinstance(getattr(method, head), Method)):
         raise InputError(f"tuned: {method.name!r} has no option {key!r}", where="grid", fix=nearest(head, known))
-    return dataclasses.replace(method, **{head: _changed(getattr(method, head), rest, value) if rest else value})
+    heads = [head]
+    if rest and rest != "measure" and head == "features" and isinstance(getattr(method, "queries", None), Method):
+        heads.append("queries")  # both are vectors of one space
+    return dataclasses.replace(
+        method, **{h: _changed(getattr(method, h), rest, value) if rest else value for h in heads}
+    )
 
 
 def _correlations(predicted: np.ndarray, found: np.ndarray) -> np.ndarray:

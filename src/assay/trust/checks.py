@@ -82,7 +82,7 @@ def removal(trust: Trust) -> dict[str, Any]:
     }
     fair = [[[without(_draw(trust, q, k, d)) for d in range(DRAWS)] for k in counts] for q in probes]
     values, spent = retrained(trust, np.stack(masks), "retrain without the best")
-    effect = values - values[0]  # [K, R, q]: the rise of the loss
+    effect = values - values[0]  # [K, R, q]: the rise of the loss, or the fall of the margin
 
     def curve(places: list[list[int]]) -> np.ndarray:
         """`[probes, counts, seeds]`."""
@@ -96,8 +96,10 @@ def removal(trust: Trust) -> dict[str, Any]:
         effects = curve(picked[entry.name])
         rows.append(row(entry.name, entry.null, effects[:, -1], control[:, -1], level))
         curves.append({**_curve(entry.name, effects, counts, n, level), "null": entry.null})
+    # The bank holds minus the margin: what is lost is higher for both.
+    unit = "fall of the margin" if trust.spec.measure == "margin" else f"rise of the {trust.spec.measure}"
     return {
-        "rows": rows, "curves": curves, "unit": f"rise of the {trust.spec.measure}", "spent": spent,
+        "rows": rows, "curves": curves, "unit": unit, "spent": spent,
         "control": row("random", True, control[:, -1], None, level), "trainings": len(masks) * trust.spec.seeds,
         "detail": f"{counts[-1]} of {n} examples taken away for each of {len(probes)} targets",
     }  # fmt: skip
@@ -196,6 +198,10 @@ def mislabel(trust: Trust) -> dict[str, Any]:
     job, wrong, level = trust.job, flipped(trust), trust.spec.level
     if not wrong.any():
         return {"refused": "no example is known to have a wrong label: name them in pool.truth with kind 'flipped'"}
+    if min(wrong.sum(), (~wrong).sum()) < 2:
+        return {
+            "refused": f"{wrong.sum()} of {len(wrong)} examples have a wrong label: an AUC takes two of either kind"
+        }
     ranked = [(e.name, e.null, -e.scores[:, trust.judge].mean(axis=1)) for e in scored(trust)]
     assert job.task is not None
     if hasattr(job.task, "logits") and sum(p.numel() for p in job.task.module.parameters()) <= DENSE:

@@ -76,7 +76,8 @@ def entries(study: Study, pool: Pool) -> list[Entry]:
 
 
 def each(method: Scorer, study: Study) -> Scorer:
-    """The method with a score for each target example, of what is measured, where its options allow."""
+    """The method, and the scorers that it holds, with a score for each target example, of what is measured, where
+    their options allow."""
     known = {f.name for f in dataclasses.fields(method)}
     changes: dict[str, Any] = {"targets": "each"} if "targets" in known else {}
     if study.lds.measure == "margin":
@@ -85,6 +86,8 @@ def each(method: Scorer, study: Study) -> Scorer:
             changes["measure"] = "margin"
         elif "queries" in known and queries is None and hasattr(features, "measure"):
             changes["queries"] = dataclasses.replace(features, measure="margin")  # type: ignore[type-var]
+    held = {name: getattr(method, name) for name in known}
+    changes |= {name: each(inner, study) for name, inner in held.items() if isinstance(inner, Scorer)}
     return dataclasses.replace(method, **changes)
 
 

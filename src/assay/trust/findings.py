@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# Of these checks a method that passes may owe it to what any of these baselines sees.
+CHEAP = {"mislabel": ("loss",), "known_answer": ("loss", "bm25", "nearest")}
+
 
 def findings(result: dict[str, Any]) -> list[str]:
     """The headline first; then who is no better than chance, what noise allows, and what the checks say."""
@@ -17,7 +20,7 @@ def findings(result: dict[str, Any]) -> list[str]:
     said = []
     if own:
         best = own[0]
-        said.append(_headline(best, label, level, result))
+        said.append(_headline(best, label, level, result, len(own)))
         if best.get("over_null"):
             said.append(_over(best, level))
     elif best_null:
@@ -28,7 +31,7 @@ def findings(result: dict[str, Any]) -> list[str]:
     return [s for s in said if s]
 
 
-def _headline(best: dict[str, Any], label: str, level: str, result: dict[str, Any]) -> str:
+def _headline(best: dict[str, Any], label: str, level: str, result: dict[str, Any], count: int) -> str:
     low, high = best[label]["ci"]
     figure = f"LDS {best[label]['value']:.2f} ({level} CI {low:.2f} to {high:.2f})"
     on = f"on {result['target']['judging']} reported targets"
@@ -36,7 +39,10 @@ def _headline(best: dict[str, Any], label: str, level: str, result: dict[str, An
         return f"No method predicts retraining better than random {on}; the best, {best['name']}, has {figure}."
     top = result["bank"]["ceiling"]["average" if label == "lds_avg" else "one"]
     share = f", {best[label]['value'] / top:.0%} of what noise allows ({top:.2f})" if top else ""
-    return f"{best['name']} predicts retraining best: {figure}{share}, {on}."
+    if count == 1:
+        return f"{best['name']} predicts retraining: {figure}{share}, {on}."
+    picked = f"It is the best of {count} by these very figures; its interval is not corrected for that choice."
+    return f"{best['name']} predicts retraining best: {figure}{share}, {on}. {picked}"
 
 
 def _over(best: dict[str, Any], level: str) -> str:
@@ -44,14 +50,14 @@ def _over(best: dict[str, Any], level: str) -> str:
     low, high = over["ci"]
     figure = f"{over['value']:+.2f} ({level} CI {low:+.2f} to {high:+.2f})"
     if low > 0:
-        return f"It beats the best baseline, {over['name']}, by {figure}."
-    return f"It is not shown to beat the best baseline, {over['name']}: {figure}. The cheap one would do."
+        return f"It beats every baseline; its least sure gain is over {over['name']}: {figure}."
+    return f"It is not shown to beat every baseline: over {over['name']} it gains {figure}. The cheap one would do."
 
 
 def _groups(rows: list[dict[str, Any]], label: str) -> list[str]:
     said = []
     for verdict, one, many in (
-        ("beats the nulls", "also beats the baselines", "also beat the baselines"),
+        ("beats the nulls", "also beats every baseline", "also beat every baseline"),
         ("better than random", "is better than random", "are better than random"),
         ("no better than random", "is no better than random", "are no better than random"),
         ("misleading", "is worse than random: its sign is wrong", "are worse than random: their sign is wrong"),
@@ -87,4 +93,16 @@ def _check(check: dict[str, Any]) -> str:
     control = check["control"]["name"]
     parts = [f"{', '.join(passed)} better than {control}"] if passed else []
     parts += [f"{', '.join(failed)} not shown to be"] if failed else []
+    parts += _cheap(check, rows)
     return f"{title}: {'; '.join(parts)}."
+
+
+def _cheap(check: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Whether what costs next to nothing does as well as the best method: for some checks it often does."""
+    best = max((r["value"] for r in rows if not r["null"]), default=None)
+    said = []
+    for row in rows if best is not None else []:
+        if row["null"] and row["name"] in CHEAP.get(check["check"], ()):
+            does = "does as well" if row["value"] >= best else "does not do as well"
+            said.append(f"{row['name']} alone {does} ({row['value']:.2f}, the best method {best:.2f})")
+    return said

@@ -64,8 +64,8 @@ class Trust:
 def trim(trust: Trust) -> None:
     """Pool and target as they are used: without rows that contain a target item, and keyed samples of what is left.
 
-    Scores are asked for every target example, for each alone: which half it is in decides only what its figures may
-    be used for.
+    Scores are asked for every target example, for each alone: which half it is in decides what its figures may be used
+    for, and those that are reported are withheld from scorers that choose their own options.
     """
     job, spec, study = trust.job, trust.spec, trust.job.study
     if spec.subsets < FEWEST_SUBSETS:
@@ -94,7 +94,7 @@ def trim(trust: Trust) -> None:
         )  # fmt: skip
     both = halves[0].beside(halves[1])
     trust.select, trust.judge = np.arange(len(halves[0])), np.arange(len(halves[0]), len(both))
-    job.target = Target(job.target.name, both, both)
+    job.target, job.withheld = Target(job.target.name, both, both), halves[1].ids
     job.hits = gate.Hits(job.pool.ids[:0], job.hits.items, job.hits.by_half)
     known = set(job.pool.ids.tolist())
     job.truth = {i: kind for i, kind in job.truth.items() if i in known}

@@ -74,10 +74,11 @@ def _lds(trust: Trust, values: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def standing(trust: Trust) -> list[dict[str, Any]]:
-    """A row for each entry: both figures on the reported half, what it gains over the nulls, verdict and cost."""
+    """A row for each entry: both figures on the reported half, its gain over random scores and its least over a null,
+    verdict and cost."""
     label: lds.Label = "lds_avg" if trust.spec.seeds > 1 else "lds_fixed"
     measured = {e.name: _measured(trust, e) for e in trust.entries if not e.error}
-    best = _best_null(trust)
+    nulls = [e.name for e in trust.entries if e.null and e.name in measured and measured[e.name]]
     rows = []
     for entry in trust.entries:
         row = _about(trust, entry)
@@ -89,10 +90,11 @@ def standing(trust: Trust) -> list[dict[str, Any]]:
             name: {"value": found.value, "ci": [found.low, found.high], "by_target": found.by_target.tolist()}
             for name, found in own.items()
         }
-        for what, other in (("over_random", RANDOM), ("over_null", best)):
-            if other in measured and other != entry.name:
-                value, low, high = lds.difference(own[label], measured[other][label])
-                row[what] = {"name": other, "value": value, "ci": [low, high]}
+        gains = {n: _gain(n, own[label], measured[n][label]) for n in nulls if n != entry.name}
+        if RANDOM in gains:
+            row["over_random"] = gains[RANDOM]
+        if gains:
+            row["over_null"] = least(list(gains.values()))
         rows.append(row | {"verdict": verdict(row, label), "label": label})
     return rows
 
@@ -113,10 +115,16 @@ def _measured(trust: Trust, entry: Entry) -> dict[str, lds.Lds]:
         return {}
 
 
-def _best_null(trust: Trust) -> str:
-    """The null that does best on the selecting half: naming it after the figures that are reported would be a peek."""
-    ranked = [(e.tried[e.chosen]["selecting"], e.name) for e in trust.entries if e.null and not e.error]
-    return max(ranked, default=(0.0, RANDOM))[1]
+def _gain(name: str, own: lds.Lds, other: lds.Lds) -> dict[str, Any]:
+    value, low, high = lds.difference(own, other)
+    return {"name": name, "value": value, "ci": [low, high]}
+
+
+def least(gains: list[dict[str, Any]]) -> dict[str, Any]:
+    """The gain that is least sure. All of them are above zero only if its interval is: a method beats the nulls when it
+    beats each of them, so that none need be picked by the figures, and no level need be corrected for their number
+    (the intersection-union test, Berger 1982)."""
+    return min(gains, key=lambda gain: gain["ci"][0])
 
 
 def verdict(row: dict[str, Any], label: str) -> Verdict:
