@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import small_study
-from assay import job, study
+from assay import job, proxies, study
 from assay.data import toys
 from assay.measure import Measurer
 
@@ -28,7 +28,7 @@ def test_a_study_of_forward_only_methods(tmp_path: Path, monkeypatch: pytest.Mon
         given.update(options)
         return Measurer(*args, **options)
 
-    monkeypatch.setattr(job, "Measurer", watched)
+    monkeypatch.setattr(proxies, "Measurer", watched)
     chosen = study.load(path).model_copy(update={"methods": METHODS})
     result = job.run_study(chosen, tmp_path / "run", workers=1)
 

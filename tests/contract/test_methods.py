@@ -395,15 +395,15 @@ def test_dropping_a_file_in_is_enough(
 
 
 def test_dotted_name_is_any_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
-    (tmp_path / "mylab").mkdir()
-    (tmp_path / "mylab" / "__init__.py").write_text("")
-    (tmp_path / "mylab" / "letters_of.py").write_text(NEW)
+    (tmp_path / "otherlab").mkdir()
+    (tmp_path / "otherlab" / "__init__.py").write_text("")
+    (tmp_path / "otherlab" / "letters_of.py").write_text(NEW)
     monkeypatch.syspath_prepend(str(tmp_path))
-    made = make(Scorer, "mylab.letters_of")
-    assert made.name == "mylab.letters_of" and make(Scorer, made.spec()) == made
+    made = make(Scorer, "otherlab.letters_of")
+    assert made.name == "otherlab.letters_of" and make(Scorer, made.spec()) == made
     with pytest.raises(InputError, match="no module"):
-        make(Scorer, "mylab.nothing")
-    monkeypatch.delitem(sys.modules, "mylab")
+        make(Scorer, "otherlab.nothing")
+    monkeypatch.delitem(sys.modules, "otherlab")
 
 
 def test_a_method_is_final() -> None:
