@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from assay.numerics.project import Sketch
     from assay.train.lora import Adapted, Checkpoint
 
-# Examples on which the engine is compared with plain backward passes, and those of whose steps a common part is told.
-PROBE, SAMPLE = 6, 64
+# Examples of whose steps a common part is told.
+SAMPLE = 64
 # Entries of gradients that are formed at a time: 64 MB of them in float32.
 FORMED = 1 << 24
 
@@ -198,14 +198,11 @@ class Less(Scorer):
 
     def _audited(self, context: Context, state: _State, run: _Run) -> frozenset[str]:
         """Names of the adapters' parameters that the layers' rules do not reproduce; they go without."""
-        from assay.numerics.persample import audit
+        from assay.numerics.persample import trainable
+        from assay.train.rules import audited
 
-        inputs = context.sample(PROBE).inputs
-        params = run.frozen | run.marks[-1].params
-        found = audit(state.task.module, state.task.loss, params, inputs, state.sketch)
-        if found.fallback:
-            context.warn(f"less: {len(found.fallback)} parameters of the adapters take the slow path")
-        return frozenset(found.fallback)
+        params, only = run.frozen | run.marks[-1].params, trainable(state.task.module)
+        return frozenset(audited(context, self.name, params, only, sketch=state.sketch, task=state.task))
 
     def _rows(self, state: _State, run: _Run, mark: Checkpoint, inputs: Any, measure: str = "") -> np.ndarray:
         """Unit rows `[b, d]` for a batch: of Adam's steps, or with a `measure`, of its plain gradients."""

@@ -19,15 +19,15 @@ PROBE = 6
 
 def audited(
     context: Context, name: str, params: Params, only: Iterable[str], *, f: Loss | None = None,
-    sketch: Sketch | None = None, metric: Metric | None = None, inputs: Inputs | None = None,
+    sketch: Sketch | None = None, metric: Metric | None = None, inputs: Inputs | None = None, task: Any = None,
 ) -> set[str]:  # fmt: skip
     """Parameters whose gradients the method `name` reads by the slow path, for a layer's rule does not give them.
 
-    Gradients of the loss, or of f, of a few examples of the pool (or `inputs`) are compared with plain backward passes.
-    What falls back is warned about, and what was found is noted.
+    Gradients of the loss, or of f, of a few examples of the pool (or `inputs`) are compared with plain backward passes,
+    by the context's task or another. What falls back is warned about, and what was found is noted.
     """
     probe = context.sample(PROBE).inputs if inputs is None else inputs
-    task: Any = context.task
+    task = task or context.task
     found = audit(task.module, f or task.loss, params, probe, sketch or Exact(), only=set(only), metric=metric)
     if found.fallback:
         context.warn(
