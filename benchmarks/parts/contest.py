@@ -188,7 +188,7 @@ def ours(
         try:
             measurer = Measurer(
                 opened, world.pool, asked, task=world.task, encodings=encodings, workers=workers, batch=256,
-                models=[run[-1].params for run in trajectories], trajectories=trajectories, area=4096,
+                models=[run[-1].params for run in trajectories], trajectories=trajectories, area=4096, recipe=world.recipe,
                 optimisers=[run[-1].optimiser for run in trajectories], key=digest(world.case, len(trajectories)),
             )  # fmt: skip
             start = time.perf_counter()

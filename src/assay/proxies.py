@@ -42,7 +42,7 @@ def train_proxies(job: Job) -> None:
         models=[run[-1].params for run in trajectories], optimisers=[run[-1].optimiser for run in trajectories],
         trajectories=trajectories, key=digest([p.name for p in job.proxies]), workers=job.workers, batch=study.batch,
         shard=study.shard, area=study.area, progress=job.progress, source=job.source, barred=job.hits.ids,
-        recipe=recipe, withheld=job.withheld,
+        recipe=recipe and recipe.with_seed(seed_of(study, 0)), withheld=job.withheld,
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "less": {"epochs": 1, "terms_per_step": 256},  # quick
     "tuned": {"grid": {"damping": [0.1, 1.0]}, "groups": 4, "steps": 2},  # quick
     "datamodel": {"subsets": 150, "recipe": {"steps": 12, "terms_per_step": 16, "lr": 0.1, "optimiser": "sgd"}},
+    "metagrad": {"recipe": {"steps": 12, "terms_per_step": 256, "lr": 1e-2}},
 }
 # Methods whose numbers are known to fewer digits than 1e-5 of the largest, and why.
 DIGITS = {

@@ -119,6 +119,22 @@ def gradient(
     return [found[n] if n in found else p.new_zeros(()).expand_as(p) for n, p in params.items()], value
 
 
+def advance(
+    task: Task, params: Params, moved: list[str], state: optim.State, encoded: Encoded, rows: np.ndarray,
+    weights: np.ndarray, recipe: Recipe, step: int, noise: np.ndarray | None,
+) -> tuple[list[Tensor], optim.State, float]:  # fmt: skip
+    """One training step: values of the parameters `moved`, the optimiser's state, and the step's summed loss / T.
+
+    Nothing is changed in place. Raises `InputError` when the loss is not finite.
+    """
+    grads, loss = gradient(task, params, encoded, rows, weights, recipe.terms_per_step, noise)
+    if not np.isfinite(loss):
+        raise _diverged(f"the training loss is {loss} at step {step}", recipe)
+    slope = dict(zip(params, grads, strict=True))
+    clipped, values = optim.clip([slope[n] for n in moved], recipe.clip), [params[n] for n in moved]
+    return *optim.update(recipe, clipped, state, values, step), loss
+
+
 def train(
     task: Task,
     encoded: Encoded,
@@ -143,21 +159,17 @@ def train(
     params = dict(start) if start is not None else first_weights(task, recipe.seed)
     names, moved = list(params), trainable(task, params)
     state, losses = optim.init(recipe, [params[n] for n in moved]), []
-    held = _load_state(path / "state.safetensors", key) if path else None
-    if held is not None and path and all(_load_state(mark_file(path, k), key) for k in due if k <= len(held.losses)):
+    held = load_if(path / "state.safetensors", key) if path else None
+    if held is not None and path and all(load_if(mark_file(path, k), key) for k in due if k <= len(held.losses)):
         params = {n: held.params[n] for n in names}
         state, losses = {k: [v[n] for n in moved] for k, v in held.state.items()}, held.losses
     for step, batch in enumerate(steps(recipe, selection, encoded.sizes[rows])):
         if step < len(losses):
             continue
         noise = noise_keys(task, selection.ids[batch], recipe.seed, step)
-        weights = selection.weights[batch]
-        grads, loss = gradient(task, params, encoded, rows[batch], weights, recipe.terms_per_step, noise)
-        if not np.isfinite(loss):
-            raise _diverged(f"the training loss is {loss} at step {step}", recipe)
-        slope = dict(zip(names, grads, strict=True))
-        clipped, values = optim.clip([slope[n] for n in moved], recipe.clip), [params[n] for n in moved]
-        values, state = optim.update(recipe, clipped, state, values, step)
+        values, state, loss = advance(
+            task, params, moved, state, encoded, rows[batch], selection.weights[batch], recipe, step, noise
+        )
         params |= zip(moved, values, strict=True)
         losses.append(loss * recipe.terms_per_step / max(1, int(encoded.sizes[rows[batch]].sum())))
         if path and step + 1 in due:
@@ -222,7 +234,7 @@ def load(path: Path) -> Trained:
     return Trained(params, state, tensors["losses"].tolist())
 
 
-def _load_state(path: Path, key: str) -> Trained | None:
+def load_if(path: Path, key: str) -> Trained | None:
     """The kept state of a killed run, if it is whole and of this very run; any damage means: start again."""
     try:
         with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]

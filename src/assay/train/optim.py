@@ -35,7 +35,7 @@ def update(
     sgd:       g <- g + wd p;  p <- p - lr g
     momentum:  g <- g + wd p;  u <- mu u + g;  p <- p - lr u
     adamw:     m <- b1 m + (1-b1) g;  v <- b2 v + (1-b2) g^2;
-               p <- (1 - lr wd) p - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps),  t = step + 1
+               p <- (1 - lr wd) p - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t) + eps_root) + eps),  t = step + 1
     """
     lr, decay = recipe.rate(step), recipe.weight_decay
     if recipe.optimiser == "adamw":
@@ -53,7 +53,10 @@ def _adamw(
     b1, b2 = recipe.betas
     mean = torch._foreach_lerp(state["mean"], grads, 1 - b1)
     square = torch._foreach_add(torch._foreach_mul(state["square"], b2), torch._foreach_mul(grads, grads), alpha=1 - b2)
-    root = torch._foreach_sqrt(torch._foreach_div(square, 1 - b2 ** (step + 1)))
+    variance = torch._foreach_div(square, 1 - b2 ** (step + 1))
+    if recipe.eps_root:
+        variance = torch._foreach_add(variance, recipe.eps_root)
+    root = torch._foreach_sqrt(variance)
     move = torch._foreach_div(mean, torch._foreach_add(root, recipe.eps))
     shrunk = torch._foreach_mul(params, 1 - lr * recipe.weight_decay)
     moved = torch._foreach_add(shrunk, move, alpha=-lr / (1 - b1 ** (step + 1)))

@@ -29,6 +29,8 @@ class Recipe(pydantic.BaseModel):
     momentum: NonNegative = 0.9
     betas: tuple[float, float] = (0.9, 0.95)
     eps: Positive = 1e-8
+    eps_root: NonNegative = 0.0
+    """Added to AdamW's second moment inside its root; above 0 the update can be differentiated at zero gradients."""
     weight_decay: NonNegative = 0.01
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: float = pydantic.Field(default=0.1, ge=0, le=1)
@@ -56,4 +58,6 @@ class Recipe(pydantic.BaseModel):
         return self.model_copy(update={"seed": seed})
 
     def spec(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        plain = self.model_dump(mode="json")
+        # Left out at 0: a recipe keeps the key that it always had.
+        return {name: value for name, value in plain.items() if name != "eps_root" or value}
