@@ -188,8 +188,9 @@ def ours(
         try:
             measurer = Measurer(
                 opened, world.pool, asked, task=world.task, encodings=encodings, workers=workers, batch=256,
-                models=[run[-1].params for run in trajectories], trajectories=trajectories, area=4096, recipe=world.recipe,
+                models=[run[-1].params for run in trajectories], trajectories=trajectories,
                 optimisers=[run[-1].optimiser for run in trajectories], key=digest(world.case, len(trajectories)),
+                area=4096, recipe=world.recipe,
             )  # fmt: skip
             start = time.perf_counter()
             table = measurer.table(method)
