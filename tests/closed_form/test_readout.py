@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.numerics import readout
+from assay.numerics import readout, twice
 from assay.numerics.readout import Readout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,3 +78,27 @@ def test_second_derivatives_are_refused_where_they_would_be_wrong() -> None:
     hidden, targets = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.arange(4)
     with pytest.raises(AssertionError, match="no second derivatives"):
         torch.autograd.grad(layer(hidden, targets).sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_second_derivatives_are_those_of_plain_operations(bias: bool) -> None:
+    """Of one direction, and of several at once by vmap; with weights of the losses among what is differentiated."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((6, 4), (5, 4), (5,), (6,))
+    hidden, weight, offset, scale = (
+        torch.randn(s, generator=rng, dtype=torch.float64).requires_grad_() for s in shapes
+    )
+    targets, own = torch.tensor([0, 4, 2, 2, 1, 3]), offset if bias else None
+    inputs = [hidden, weight, *([offset] if bias else []), scale]
+    rows = [torch.randn((3, *x.shape), generator=rng, dtype=torch.float64) for x in inputs[:-1]]
+    found = []
+    for loss in (
+        twice.cross_entropy(hidden, weight, own, targets),
+        F.cross_entropy(F.linear(hidden, weight, own), targets, reduction="none"),
+    ):
+        slopes = torch.autograd.grad(loss.exp().mul(scale).sum(), inputs[:-1], create_graph=True)
+        one = torch.autograd.grad(slopes, inputs, [r[0] for r in rows], retain_graph=True)
+        several = torch.autograd.grad(slopes, inputs, rows, is_grads_batched=True)
+        assert all(torch.allclose(a, b[0], rtol=1e-12, atol=1e-12) for a, b in zip(one, several, strict=True))
+        found.append((loss, *slopes, *several))
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*found, strict=True))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.numerics import twice
+
 Keep = Callable[[Tensor], Tensor]
 
 # Rows of logits at a time. They are written and read several times over, so a chunk should stay in the caches.
@@ -39,6 +41,8 @@ class Readout(nn.Linear):
             return F.linear(hidden, self.weight, self.bias)
         rows, wanted = hidden.flatten(0, -2), targets.flatten()
         if torch.is_grad_enabled() and (self.weight.requires_grad or _transformed(hidden)):
+            if twice.wanted() and not _transformed(hidden):
+                return twice.cross_entropy(rows, self.weight, self.bias, wanted).view(targets.shape)
             z = F.linear(rows, self.weight, self.bias)
             losses = F.cross_entropy(z.float() if z.dtype != torch.float64 else z, wanted, reduction="none")
             assert keep is None, "what is kept of the output gradient is for weights that are held fixed"

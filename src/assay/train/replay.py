@@ -26,6 +26,7 @@ from assay.core.progress import Progress
 from assay.core.selection import Selection
 from assay.core.task import Encoded, Params, Task
 from assay.numerics.tree import Tree, cuts
+from assay.numerics.twice import differentiable_twice
 from assay.train import loop, optim
 from assay.train.adjoint import Adjoint, clip_back, update_back
 from assay.train.models import first_weights
@@ -141,6 +142,7 @@ class Back:
     gradient of that example's share of the step's loss."""
 
 
+@differentiable_twice()
 @sdpa_kernel(SDPBackend.MATH)  # the one form of attention that has second derivatives
 def reverse(training: Training, state: State, step: int, after: Adjoint) -> Back:
     """One step of training backwards: one gradient with its graph, then one product with the Hessian for each target.
