@@ -8,6 +8,7 @@ R1  5000 images of 28 x 28, 200 targets, logistic regression, SGD .01, batches o
     are moved to mean 0 and standard deviation 1).
 R2  the same, 100 targets, with a 784-128-64-10 ReLU perceptron, dropout .1, SGD .01 with momentum .9, batches of 64,
     50 epochs.
+R2-10, R2-50  R2 without dropout, for 10 and 50 epochs, 32 targets, 50 halves as data weights of one seed.
 R3  512 documents of 64 tokens of many domains, 64 targets, a decoder of 2 layers and width 64, AdamW 2e-3, batches of
     32, 4 epochs; loss; 100 halves as data weights.
 
@@ -35,6 +36,8 @@ from assay.train.recipe import Recipe
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 CASES = ("R0", "R1", "R2", "R3")
+# Epochs of the variants of R2 without dropout, halves as data weights of 0 and 1, for exact derivatives.
+LONG = {"R2-10": 10, "R2-50": 50}
 
 
 @dataclass
@@ -122,7 +125,7 @@ def build(case: str, folder: Path, *, quick: bool = False, images: Path | None =
     folder.mkdir(parents=True, exist_ok=True)
     if case == "R0":
         return digits(folder, quick)
-    if case in ("R1", "R2"):
+    if case in ("R1", "R2", *LONG):
         return pictures(case, folder, quick, images or DATA / "fashion_mnist" / "fashion_mnist.npz", flip)
     return decoder(folder, quick)
 
@@ -154,7 +157,8 @@ def pictures(case: str, folder: Path, quick: bool, images: Path, flip: float) ->
     from assay.data.images import labelled_images
     from assay.train.models import Classifier
 
-    count, asked = (1000, 60) if quick else (5000, 200 if case == "R1" else 100)
+    asked = {"R1": 200, "R2": 100}.get(case, 32)
+    count, asked = (1000, 60) if quick else (5000, asked)
     own, tests, truth, _ = labelled_images(images, size=count, count=asked, take="first", flip=flip)
     pool, targets = Pool.from_columns(own), Pool.from_columns(tests)
     wrong = encode_ids(truth["id"].to_pylist())
@@ -164,12 +168,16 @@ def pictures(case: str, folder: Path, quick: bool, images: Path, flip: float) ->
         task = Classifier(inputs=inputs, classes=10)
         batch, epochs, kind = 32, 20, "sgd"
     else:
-        task = Classifier(inputs=inputs, hidden=(128, 64), classes=10, activation="relu", dropout=0.1)
-        batch, epochs, kind = 64, 50, "momentum"
+        dropout = 0.1 if case == "R2" else 0.0
+        task = Classifier(inputs=inputs, hidden=(128, 64), classes=10, activation="relu", dropout=dropout)
+        batch, epochs, kind = 64, LONG.get(case, 50), "momentum"
     steps = epochs * math.ceil(count / batch)
     recipe = Recipe(steps=steps // 5 if quick else steps, terms_per_step=batch, optimiser=kind, **common)  # type: ignore[arg-type]
     flipped = np.isin(pool.ids, wrong) if flip else None
-    return Truth(case, task, pool, targets, recipe, "loss", "subset", folder, 1, 20 if quick else 100, flipped=flipped)
+    protocol, halves = ("weights", 50) if case in LONG else ("subset", 100)
+    return Truth(
+        case, task, pool, targets, recipe, "loss", protocol, folder, 1, 20 if quick else halves, flipped=flipped
+    )
 
 
 def decoder(folder: Path, quick: bool) -> Truth:

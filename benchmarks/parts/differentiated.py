@@ -1,0 +1,77 @@
+"""Metagradients in the worlds of truth.py: where training is made linear, and what else foretells retraining.
+
+Nothing of a metagradient is chosen on any target: center-1 is the published form, center-alpha takes the share of the
+bank's halves. What is chosen (damping of EK-FAC and CG) is chosen as in influence.py, on the other half of the targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from assay.numerics import lds
+
+from .contest import OURS, Contest, Contestant, Row, centred, grid, row
+from .entries import BLOCKS, DAMPING, LOOSE, WHOLE, influence
+from .truth import Truth
+
+ALPHA = 0.5
+
+
+def metagrad(world: Truth, name: str, **options: Any) -> Contestant:
+    spec = {"name": "metagrad", "targets": "each", "measure": world.measure, "check": 0}
+    return Contestant(f"metagrad-{name}", {**spec, **options})
+
+
+def of(world: Truth) -> list[Contestant]:
+    """All contestants of a world; the ones to compare with are the best influence functions of influence.py."""
+    margin = world.measure == "margin"
+    found = [metagrad(world, "center-1"), metagrad(world, "center-alpha", center=ALPHA)]
+    ekfac = Contestant("ekfac", influence("ekfac", margin, precision="float32"), grid(damping=BLOCKS))
+    if world.case == "R3":
+        scale = {"precision": "float32", "scale": "model"}
+        ekfac = Contestant("ekfac", influence("ekfac", margin, **scale), grid(damping=WHOLE))
+    found += [metagrad(world, f"masks-{m}", center=ALPHA, masks=m) for m in masks(world)]
+    if world.case == "R0":
+        found.append(metagrad(world, "center-alpha-5", center=ALPHA, models=5))
+        cg = Contestant("influence", influence("cg", margin, **LOOSE), grid(damping=DAMPING))
+        found += [cg, centred(cg)]
+    return [*found, ekfac, centred(ekfac)]
+
+
+def masks(world: Truth) -> list[int]:
+    return {"R0": [1, 4], "R3": [1, 4], "R2-10": [1, 4]}.get(world.case, [])
+
+
+def differences(contest: Contest) -> list[Row]:
+    """The centred metagradient against the others, over the same draws of halves and targets."""
+    first = contest.results.get((OURS, "metagrad-center-alpha"), {}).get("lds_fixed")
+    found = []
+    for (tool, other), held in contest.results.items():
+        second = held.get("lds_fixed")
+        if first and second and other != "metagrad-center-alpha":
+            value, low, high = lds.difference(first, second)
+            name = f"metagrad-center-alpha-minus-{other}"
+            found.append(row(contest.world.case, tool, name, "difference", value, [low, high]))
+    return found
+
+
+def without_a_hundredth(contest: Contest, world: Truth, halves: int, workers: int) -> list[Row]:
+    """LDS of one seed where a hundredth of the pool is left out, at a time: the published protocol of MAGIC."""
+    from assay.train.bank import retrain, subsets
+
+    masks_mn = subsets(world.pool.ids, halves, 0.99, seed=2)
+    own = world.sides[1]
+    values = retrain(
+        world.task, world.read(world.pool), world.pool.ids, masks_mn, world.recipe, seeds=[0],
+        targets={"targets": world.read(world.targets)}, measure=world.measure, protocol="weights",  # type: ignore[arg-type]
+        path=world.folder / "bank", workers=workers,
+    )["targets"][:, :, own]  # fmt: skip
+    found, print_ = [], lds.fingerprint({"case": world.case, "share": 0.99}, masks_mn, values)
+    for contestant in (metagrad(world, "center-1"), metagrad(world, "center-alpha", center=ALPHA)):
+        (scores,) = contest.score(contestant, [{}], np.arange(len(world.targets)))
+        result = lds.score(masks_mn, scores.values[own].T, values, label="lds_fixed", fingerprint=print_)
+        ci = [result.low, result.high]
+        found.append(row(world.case, OURS, contestant.method, "lds_leave_1pct", result.value, ci, scores.seconds))
+    return found

@@ -1,0 +1,230 @@
+"""What a reversed step of training costs, in units of one training step: a Llama of 4 layers and width 128, AdamW.
+
+    python -m benchmarks.parts.reversal [--quick]
+
+`train` is the trainer's own step (gradient, clipping, update). `step-only`: `replay.reverse` with 1 target and with 16.
+`sqrt-1-target` and `log-1-target`: a whole sweep of 256 steps by the tree of 16 branches, less its training; and what
+the tree of two costs, by its exact number of restored steps at the price of a training step. `sqrt-16-targets`: as
+the last, a target. Memory: by how much more a sweep of 16 branches grows a process of its own than one of two.
+bergson's `magic` is timed as a process, less its `train` of the same documents: as many steps of as many documents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.core import Row, row, take_turns  # noqa: E402
+from benchmarks.parts.world import World, world  # noqa: E402
+
+DOCUMENTS, LENGTH, TARGETS = 8, 96, 16
+CASE = "cost-T256"
+
+
+def training(place: World, folder: Path, steps: int) -> Any:
+    """The run that is reversed, and the inputs of its targets."""
+    from assay.core.pool import Pool
+    from assay.core.selection import Selection
+    from assay.data import readers
+    from assay.data.ingest import ingest
+    from assay.train.hf import CausalLM
+    from assay.train.recipe import Recipe
+    from assay.train.replay import Training
+
+    ingest(readers.Source(paths=str(place.documents), text="text", id="id"), folder / "pool", what="pool", max_bad=0.0)
+    task, pool = CausalLM(path=str(place.model), context=LENGTH), Pool.open(folder / "pool")
+    (folder / "tokens").mkdir()
+    task.prepare(pool, folder / "tokens")
+    encoded = task.encoded(folder / "tokens")
+    recipe = Recipe(steps=steps, terms_per_step=DOCUMENTS * LENGTH, lr=1e-3, eps_root=1e-8)
+    chosen = Selection.everything(pool.ids)
+    made = Training(task, encoded, np.arange(len(pool)), chosen, recipe, start=task.params())
+    return made, encoded.inputs(np.arange(TARGETS))
+
+
+def slopes(made: Any, inputs: Any, count: int) -> Any:
+    """Objective: the mean loss, or that of each of the first documents."""
+    from assay.numerics.curvature import slopes as found
+
+    def each(params: Any) -> Any:
+        import torch
+
+        rows = [{n: x[k : k + 1] for n, x in inputs.items()} for k in range(count)]
+        return torch.cat([found(made.task, params, [r], made.task.loss, made.moved, each=False) for r in rows], dim=1)
+
+    return each
+
+
+def rows(quick: bool, threads: int, python: Path | None = None) -> list[Row]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with tempfile.TemporaryDirectory(prefix="assay-reversal-") as name:
+            folder, steps = Path(name), 16 if quick else 256
+            place = world(folder / "world", DOCUMENTS * steps)
+            return [*_steps(place, folder, steps, quick), *_peaks(folder, quick), *_peer(place, folder, steps, python)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _steps(place: World, folder: Path, steps: int, quick: bool) -> list[Row]:
+    from assay.numerics.tree import exact_costs
+    from assay.train.adjoint import Adjoint
+    from assay.train.replay import metagradient, reverse
+
+    made, inputs = training(place, folder, steps)
+    held = {"state": made.initial(), "at": 0}
+    for at in range(4):
+        held["state"] = made.advance(held["state"], at)
+    state = held["state"]
+    given = {}
+    for count in (1, TARGETS):
+        flat = slopes(made, inputs, count)(made.named(state))
+        sizes = [p.numel() for p in state.params]
+        parts = [s.T.reshape(-1, *p.shape) for s, p in zip(flat.split(sizes), state.params, strict=True)]
+        given[count] = Adjoint.of(made.recipe, parts)
+
+    def train() -> float:
+        made.advance(state, 4)
+        return 1.0
+
+    def back(count: int) -> Any:
+        def turn() -> float:
+            reverse(made, state, 4, given[count])
+            return 1.0
+
+        return turn
+
+    pace, spent = take_turns({"train": train, "one": back(1), "many": back(TARGETS)}, 3 if quick else 15)
+    base = float(np.median(pace["train"]))
+
+    def told(method: str, values: np.ndarray, seconds: float) -> Row:
+        return row("metagrad", CASE, method, "ratio_to_training", values, seconds)
+
+    found = [
+        told("step-only", pace["one"] / base, spent["one"]),
+        told("step-only-16-targets", pace["many"] / base / TARGETS, spent["many"]),
+    ]
+    start = time.perf_counter()
+    sweep = metagradient(made, slopes(made, inputs, 1))
+    seconds = time.perf_counter() - start
+    found.append(told("sqrt-1-target", np.array([seconds / steps / base - 1]), seconds))
+    again = sweep.restored / steps
+    found.append(told("sqrt-16-targets", (pace["many"] / base + again) / TARGETS, spent["many"]))
+    total, states = exact_costs(steps, 2)
+    again = (total - (steps - steps // 2)) / steps  # the first sweep is training's own
+    found.append(told("log-1-target", pace["one"] / base + again, spent["one"]))
+    counts = {"sqrt-restored": sweep.restored, "sqrt-states": sweep.peak, "log-restored": total, "log-states": states}
+    return found + [row("metagrad", CASE, name, "count", np.array([float(v)]), 0.0) for name, v in counts.items()]
+
+
+def _peaks(folder: Path, quick: bool) -> list[Row]:
+    """Bytes by which a sweep of 16 branches is larger than one of two, and those that the formula says."""
+    from assay.numerics.tree import exact_costs
+
+    steps = 16 if quick else 64
+    place = world(folder / "small", 2 * steps)
+    found = {}
+    for branch in (2, 16):
+        text = subprocess.run(
+            [sys.executable, __file__, "--peak", str(place.model), str(place.documents), str(steps), str(branch)],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        found[branch] = json.loads(text.splitlines()[-1])
+    seen = float(found[16]["peak"] - found[2]["peak"])
+    more = exact_costs(steps, 16)[1] - exact_costs(steps, 2)[1]
+    said = float(more * found[2]["state"])
+    return [
+        row("metagrad", "cost-memory", "seen", "bytes", np.array([seen]), 0.0),
+        row("metagrad", "cost-memory", "formula", "bytes", np.array([said]), 0.0),
+    ]
+
+
+def peak(model: str, documents: str, steps: int, branch: int) -> None:
+    """By how much this process grows in a sweep, and the bytes of one state."""
+    import psutil
+    import torch
+
+    from assay.core.progress import Progress
+    from assay.train.replay import metagradient, reverse
+
+    class Watch(Progress):
+        most = 0
+
+        def advance(self, units: int = 1) -> None:
+            self.most = max(self.most, psutil.Process().memory_info().rss)
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        made, inputs = training(World("small", Path(model), Path(documents), ()), Path(name), steps)
+        state, objective = made.initial(), slopes(made, inputs, 1)
+        from assay.train.adjoint import Adjoint
+
+        # Once through everything, so that what the libraries keep for themselves is there before.
+        zeros = Adjoint.of(made.recipe, [torch.zeros_like(p)[None] for p in state.params])
+        reverse(made, made.advance(state, 0), 1, zeros)
+        objective(made.named(state))
+        before, watch = psutil.Process().memory_info().rss, Watch()
+        metagradient(made, objective, branch=branch, progress=watch)
+    size = sum(p.numel() * p.element_size() for p in [*state.params, *(s for v in state.slots.values() for s in v)])
+    print(json.dumps({"peak": watch.most - before, "state": size}))
+
+
+def _peer(place: World, folder: Path, steps: int, python: Path | None) -> list[Row]:
+    """bergson's own command lines on the same documents: `magic` less `train`, in units of its training steps."""
+    from .peers import Peer, version
+
+    if python is None or not python.exists():
+        return []
+    held = version(python, Peer("bergson", "bergson", lambda *_: [], lambda _: np.zeros(0), ""))
+    if not held:
+        return []
+    query = folder / "query.jsonl"
+    with open(place.documents, encoding="utf-8") as file:
+        query.write_text("".join(line for _, line in zip(range(DOCUMENTS), file, strict=False)), encoding="utf-8")
+    common = [
+        "--model", str(place.model), "--data.truncation", "true", "--batch_size", str(DOCUMENTS), "--precision", "fp32",
+        "--eps_root", "1e-8", "--lr", "1e-3", "--overwrite", "true",
+    ]  # fmt: skip
+    asked = ["--query.dataset", str(query), "--query.truncation", "true", "--save_mode", "sqrt"]
+    seconds = {}
+    final, whole = ["--save_mode", "final"], str(place.documents)
+    # A training of one step is what starting up takes.
+    for name, command, own in (
+        ("start", "train", [*final, "--data.dataset", str(query)]),
+        ("train", "train", [*final, "--data.dataset", whole]),
+        ("magic", "magic", [*asked, "--data.dataset", whole]),
+    ):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [str(python), "-m", "bergson", command, str(folder / name), *common, *own], capture_output=True,
+            text=True, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            print(f"bergson {command} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+            return []
+        seconds[name] = time.perf_counter() - start
+    ratio = (seconds["magic"] - seconds["train"]) / (seconds["train"] - seconds["start"])
+    made = row("metagrad", CASE, "sqrt-1-target", "ratio_to_training", np.array([ratio]), seconds["magic"])
+    return [{**made, "tool": f"bergson {held}"}]
+
+
+if __name__ == "__main__":
+    if "--peak" in sys.argv:
+        model, documents, steps, branch = sys.argv[sys.argv.index("--peak") + 1 :]
+        peak(model, documents, int(steps), int(branch))
+    else:
+        for line in rows("--quick" in sys.argv, 1, Path(os.environ.get("ASSAY_PEERS", "/nonexistent"))):
+            print(line)
