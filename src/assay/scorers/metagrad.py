@@ -23,11 +23,12 @@ from assay.core.method import (
     batch_places,
     target_columns,
 )
-from assay.train.recipe import Recipe
+from assay.train.recipe import Recipe, overlaid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from assay.train.additions import Additions
     from assay.train.replay import Training
 
 # Numbers in the adjoints of all targets that share a sweep: half a gigabyte in float32.
@@ -37,19 +38,6 @@ INSERTIONS = 4
 # What the finite differences change all weights by, as a share of center; further apart than this from the derivative
 # they are worth a warning.
 STEP, APART = 0.02, 0.1
-EPS_ROOT = 1e-8
-
-
-@dataclass(frozen=True)
-class _Pushes:
-    """What additions to some steps are scored by."""
-
-    task: Any
-    names: tuple[str, ...]
-    slow: set[str]
-    steps: list[tuple[dict[str, Tensor], Tensor]]
-    """Weights before a step, and d f / d(its gradient), `[p, c]` over `names`."""
-    terms: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +48,7 @@ class _State:
     sizes: np.ndarray
     scores: np.ndarray
     """Of their visits, `[n, columns]`; of no row where examples are scored as additions."""
-    pushes: list[_Pushes]
+    pushes: list[Additions]
 
 
 class Metagrad(Scorer):
@@ -147,28 +135,12 @@ class Metagrad(Scorer):
             raise InputError("metagrad: there are examples that were not trained on", fix="score the pool itself")
         if not state.pushes:
             return state.scores[where]
-        found = [_added(own, batch.inputs, state.sizes[where]) for own in state.pushes]
+        found = [own.utilities(batch.inputs, state.sizes[where]) for own in state.pushes]
         steps = np.mean(found, axis=0)  # [steps, b, c]
         return np.hstack([steps.mean(axis=0), *(steps if self.phases > 1 else [])])
 
     def _recipe(self, context: Context) -> Recipe:
-        known = context.recipe
-        if known is None and not self.recipe:
-            raise InputError(
-                "metagrad does not know how to train", why="the scoring models come without a recipe",
-                fix="give it one: recipe = {steps = 300, lr = 0.1, optimiser = 'momentum'}",
-            )  # fmt: skip
-        try:
-            recipe = Recipe(**{**(known.model_dump() if known else {}), **(self.recipe or {})})
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(
-                f"metagrad: recipe.{first['loc'][0]} cannot be {first['input']!r}", why=first["msg"],
-                fix="give keys of a recipe, such as {steps = 300, lr = 0.1, optimiser = 'momentum'}",
-            ) from error  # fmt: skip
-        if recipe.optimiser == "adamw" and not recipe.eps_root:
-            recipe = recipe.model_copy(update={"eps_root": EPS_ROOT})
-        return recipe
+        return overlaid("metagrad", context.recipe, self.recipe, smooth=True)
 
     def _trainings(self, context: Context, rows: np.ndarray) -> list[Training]:
         """One for each model and mask."""
@@ -220,10 +192,11 @@ class _Sweeps:
     training: Training
     insert: list[int]
 
-    def found(self, first: bool) -> tuple[np.ndarray, _Pushes]:
+    def found(self, first: bool) -> tuple[np.ndarray, Additions]:
         """d f / d w by phase `[P, n, c]`, and what additions are scored by."""
         import torch
 
+        from assay.train.additions import Additions
         from assay.train.loop import load
 
         training, method = self.training, self.method
@@ -241,7 +214,7 @@ class _Sweeps:
         for step in self.insert:
             params = {n: held[0][f"weights.{step}.{n}"] for n in training.first}
             steps.append((params, torch.cat([h[f"push.{step}"] for h in held], dim=1)))
-        return phases, _Pushes(training.task, names, slow, steps, training.recipe.terms_per_step)
+        return phases, Additions(training.task, names, slow, steps, training.recipe.terms_per_step)
 
     def _audited(self, names: tuple[str, ...]) -> set[str]:
         from assay.train.rules import audited
@@ -331,11 +304,3 @@ class _Sweeps:
                 f"metagrad: the derivative is {worst:.0%} off a finite difference of {STEP:.0%} in the data weights: "
                 "this training is not smooth, and its metagradients foretell little (assay verify --metasmooth)"
             )
-
-
-def _added(own: _Pushes, inputs: Any, sizes: np.ndarray) -> np.ndarray:
-    """-d f / d zeta of examples added to each of the steps, `[steps, b, c]`."""
-    from assay.numerics.curvature import dots
-
-    found = [dots(own.task, params, inputs, push, own.names, own.slow).double().numpy() for params, push in own.steps]
-    return -np.stack(found) * sizes[None, :, None] / own.terms

@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 import pydantic
 
+from assay.core.errors import InputError
 from assay.core.method import Count, NonNegative, Positive
+
+# What AdamW gets as `eps_root` where it has none and its steps are to be differentiated.
+EPS_ROOT = 1e-8
 
 
 class Recipe(pydantic.BaseModel):
@@ -61,3 +65,26 @@ class Recipe(pydantic.BaseModel):
         plain = self.model_dump(mode="json")
         # Left out at 0: a recipe keeps the key that it always had.
         return {name: value for name, value in plain.items() if name != "eps_root" or value}
+
+
+def overlaid(method: str, known: Recipe | None, own: dict[str, Any] | None, *, smooth: bool = False) -> Recipe:
+    """The recipe of a method's own trainings: the scoring models', with the keys of `own` laid over it.
+
+    With `smooth`, AdamW has an `eps_root`. Raises `InputError` where there is nothing to go by, or a key no recipe has.
+    """
+    if known is None and not own:
+        raise InputError(
+            f"{method} does not know how to train", why="the scoring models come without a recipe",
+            fix="give it one: recipe = {steps = 300, lr = 0.1, optimiser = 'momentum'}",
+        )  # fmt: skip
+    try:
+        recipe = Recipe(**{**(known.model_dump() if known else {}), **(own or {})})
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"{method}: recipe.{first['loc'][0]} cannot be {first['input']!r}", why=first["msg"],
+            fix="give keys of a recipe, such as {steps = 300, lr = 0.1, optimiser = 'momentum'}",
+        ) from error  # fmt: skip
+    if smooth and recipe.optimiser == "adamw" and not recipe.eps_root:
+        recipe = recipe.model_copy(update={"eps_root": EPS_ROOT})
+    return recipe
