@@ -48,6 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tuned": {"grid": {"damping": [0.1, 1.0]}, "groups": 4, "steps": 2},  # quick
     "datamodel": {"subsets": 150, "recipe": {"steps": 12, "terms_per_step": 16, "lr": 0.1, "optimiser": "sgd"}},
     "metagrad": {"recipe": {"steps": 12, "terms_per_step": 256, "lr": 1e-2}},
+    "mgd": {"recipe": {"steps": 12, "terms_per_step": 256, "lr": 1e-2}, "metasteps": 2, "rate": 0.7, "share": 0.4},
 }
 # Methods whose numbers are known to fewer digits than 1e-5 of the largest, and why.
 DIGITS = {

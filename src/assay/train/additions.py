@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class Additions:
     names: tuple[str, ...]
     slow: set[str]
     """Parameters whose gradients have no rule."""
-    steps: list[tuple[Mapping[str, Tensor], Tensor]]
+    steps: Sequence[tuple[Mapping[str, Tensor], Tensor]]
     """Weights before a step, and d f_c / d(its gradient), `[p, c]` over `names`."""
     terms: int
 
