@@ -106,14 +106,23 @@ def verify(
     id_column: Annotated[str | None, typer.Option(help="Column of ids in the pool; default: ids from content.")] = None,
     domain_column: Annotated[str | None, typer.Option(help="Column of domains in the pool.")] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated: gradcos,trak. Nulls come along.")] = None,
+    metasmooth: Annotated[
+        bool,
+        typer.Option("--metasmooth", help="Ask instead whether training can be differentiated, and what would help."),
+    ] = False,
     out: Out = None, sets: Sets = None, json_: Json = False, quiet: Quiet = False, workers: Workers = None,
     replace: Replace = False,
 ) -> None:  # fmt: skip
     """Say whether attribution scores can be believed: hold them against real retraining, beside nulls."""
+    if metasmooth and methods is not None:
+        raise InputError(
+            "--methods does not go with --metasmooth", why="it is a question about the training", fix="drop one of them"
+        )
     flags = {"pool": pool, "target": target, "text": text_column, "ids": id_column, "domain": domain_column}
     flags |= {"task": task, "model": model}
     chosen = _chosen(study, flags, sets or [], methods, None)
-    _verify(chosen, out or Path("runs") / f"{chosen.name}-verify", json_, quiet, workers, replace)
+    folder = out or Path("runs") / f"{chosen.name}-{'metasmooth' if metasmooth else 'verify'}"
+    _verify(chosen, folder, json_, quiet, workers, replace, metasmooth)
 
 
 FLAGS = {
@@ -392,23 +401,28 @@ def _run(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, r
         typer.echo(f"report:   {out / 'report.html'}\ndatasets: {out / 'dataset'}")
 
 
-def _verify(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, replace: bool) -> None:
+def _verify(
+    study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, replace: bool, metasmooth: bool
+) -> None:
     from assay import terminal
     from assay.report.page import build
     from assay.trust.run import verify_study
 
     command = shlex.join(["assay", *sys.argv[1:]])
     with _watched(out, command, quiet or json_) as bars:
-        begin = terminal.show_intent if isinstance(bars, terminal.Bars) else None
+        intent = terminal.show_smooth_intent if metasmooth else terminal.show_intent
+        begin = intent if isinstance(bars, terminal.Bars) else None
         result = verify_study(
-            study, out, workers=workers, progress=bars, replace=replace, command=command, report=build, begin=begin
-        )
+            study, out, workers=workers, progress=bars, replace=replace, command=command, report=build, begin=begin,
+            metasmooth=metasmooth,
+        )  # fmt: skip
     if json_:
-        kept = "name pool target bank methods checks findings level warnings wall peak_rss".split()
+        own = "smooth training model" if metasmooth else "bank methods checks level"
+        kept = f"name pool target {own} findings warnings wall peak_rss".split()
         brief = {k: result[k] for k in kept}
         typer.echo(json.dumps({**brief, "run": str(out), "report": str(out / "report.html")}))
     elif not quiet:
-        terminal.show_trust(result)
+        (terminal.show_smooth if metasmooth else terminal.show_trust)(result)
         typer.echo(f"{terminal.duration(result['wall'])}, {terminal.size(result['peak_rss'])} of memory")
         typer.echo(f"report:   {out / 'report.html'}")
 

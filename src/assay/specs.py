@@ -202,6 +202,19 @@ class LdsSpec(Spec):
     """Best examples of a target that tail patch trains on."""
 
 
+class SmoothSpec(Spec):
+    """How `assay verify --metasmooth` asks whether training can be differentiated: data weights w are moved to
+    w (1 + h v) and w (1 + 2 h v), with a random sign v for each example."""
+
+    h: float = pydantic.Field(default=0.1, gt=0, le=0.5)
+    directions: Count = 3
+    """Random v, each two trainings; figures are their mean."""
+    center: Positive = 1.0
+    """w, the data weight of all examples: metagrad's option of this name."""
+    remedies: bool = True
+    """Run the same again with each change that may help."""
+
+
 class ArmSpec(Spec):
     """One contestant: a scorer, and how its scores become a set."""
 

@@ -22,6 +22,7 @@ from assay.specs import (
     LdsSpec,
     PoolSpec,
     ProxySpec,
+    SmoothSpec,
     Spec,
     TargetSpec,
     TaskSpec,
@@ -48,6 +49,7 @@ class Study(Spec):
     arms: tuple[ArmSpec, ...] = ()
     verify: VerifySpec = VerifySpec()
     lds: LdsSpec = LdsSpec()
+    smooth: SmoothSpec = SmoothSpec()
     batch: Count = 64
     """Most examples in one batch of a scorer."""
     area: Count = 1536
@@ -126,7 +128,9 @@ class Study(Spec):
 
     def spec(self) -> dict[str, Any]:
         """Plain JSON, with the options of every method written out."""
-        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"methods", "arms", "lds"}) | {"methods": []}
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"methods", "arms", "lds", "smooth"}) | {
+            "methods": []
+        }
         for recipe in (plain["train"]["recipe"], plain["proxy"]["recipe"], plain["task"]["pretrain"]["recipe"]):
             for decided in ("steps", "seed"):
                 del recipe[decided]

@@ -211,6 +211,47 @@ def _outlook(trust: Any) -> str:
     return f"retraining takes about {duration(max(1, round(one * sum(counts.values()))))}: {', '.join(parts)}"
 
 
+def show_smooth_intent(trust: Any) -> None:
+    """What measuring metasmoothness is about to do."""
+    from assay.trust.smooth import variants
+
+    job, spec = trust.job, trust.job.study.smooth
+    count = len(variants(job.task, trust.recipe, spec.center, spec.h)) if spec.remedies else 1
+    lines = [
+        f"{len(job.pool):,} examples, {len(trust.target)} targets, trainings of {trust.recipe.steps} steps",
+        f"{count} kind{'s' if count > 1 else ''} of training x (1 + 2 x {spec.directions} directions) = "
+        f"{count * (1 + 2 * spec.directions)} trainings",
+    ]  # fmt: skip
+    for line in lines:
+        Console(stderr=True).print(Text("  " + line, "dim"))
+
+
+def show_smooth(result: dict[str, Any], console: Console | None = None) -> None:
+    """Metasmoothness of the training as it is and with each change, and what it means."""
+    console, found = console or Console(), result["smooth"]
+    count = found["directions"]
+    title = f"{result['name']}: data weights {found['center']:g} moved by {2 * found['h']:.0%} in {count} directions"
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    read = "-margin" if result["target"]["measure"] == "margin" else "loss"
+    own = any(row.get("metric") is not None for row in found["rows"])
+    for name in ("training", "linearity", "S", "S'", "curvature", *(["S, metric"] if own else []), read):
+        table.add_column(name, justify="left" if name == "training" else "right", no_wrap=name != "training")
+    for row in found["rows"]:
+        if row.get("error"):
+            table.add_row(Text(row["name"]), "-")
+            continue
+        names = ("agreement", "mended", "curvature", *(["metric"] if own else []))
+        numbers = ["-" if row[name] is None else f"{row[name]:.3f}" for name in names]
+        value = Text("-" if row["linearity"] is None else f"{row['linearity']:.3f}", SMOOTH[row["verdict"]])
+        table.add_row(Text(row["name"]), value, *numbers, f"{row['loss']:.3f}")
+    console.print(table)
+    for number, sentence in enumerate(result["findings"]):
+        console.print(Text(sentence, "bold" if number == 0 else ""))
+
+
+SMOOTH = {"usefully": "bold green", "with care": "yellow", "not usefully": "red", "unknown": "dim"}
+
+
 def show_trust(result: dict[str, Any], console: Console | None = None) -> None:
     """LDS of every method with interval and cost, the checks, and what was found in sentences."""
     console = console or Console()

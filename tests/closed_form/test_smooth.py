@@ -119,8 +119,20 @@ def test_every_figure_stays_in_its_range() -> None:
                 assert -1 - 1e-12 <= value <= 1 + 1e-12
             assert found.curvature >= 0
     a = rng.normal(size=9)
-    assert linearity(a, a) == 1 and linearity(a, -a) == -1
-    assert abs(linearity(*rng.normal(size=(2, 100_000)))) < 0.02
+    assert linearity(a, a) == 1 and linearity(a, -a) == pytest.approx(-1 / 3)
+
+
+def test_linearity_is_the_share_of_a_line_under_the_noise_of_single_trainings() -> None:
+    """A line of length 1 a move, and noise of variance s in each end: 2 / (2 + 4 s) in the mean, 0 without a line;
+    S is then 0 as well, and S' -1/2."""
+    rng = np.random.default_rng(2)
+    for line in (0.0, 1.0):
+        for spread in (0.3, 1.0):
+            ends = line * np.arange(3.0)[:, None] + spread * rng.normal(size=(3, 200_000))
+            found = smoothness((ends[0], ends[1], ends[2]), (ends[0], ends[1], ends[2]))
+            assert found.linearity == pytest.approx(2 * line / (2 * line + 4 * spread**2), abs=0.01)
+            if not line:
+                assert (found.agreement, found.mended) == pytest.approx((0.0, -0.5), abs=0.01)
 
 
 def test_nothing_that_moves_has_no_figure_and_is_an_error(tmp_path: Path) -> None:

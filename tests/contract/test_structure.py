@@ -268,8 +268,8 @@ COMMANDS = {
         "--workers",
     ],
     "verify": [
-        "STUDY", *COMMON, "--domain-column", "--id-column", "--methods", "--model", "--pool", "--target", "--task",
-        "--text-column",
+        "STUDY", *COMMON, "--domain-column", "--id-column", "--methods", "--metasmooth", "--model", "--pool",
+        "--target", "--task", "--text-column",
     ],
 }  # fmt: skip
 

@@ -20,7 +20,8 @@ class Smoothness:
     agreement: float
     """S: over coordinates j, the mean of sign(a_j) sign(b_j) weighted by |a_j + b_j|; a, b the two moves. In -1..1."""
     mended: float
-    """S': weighted by |a_j| + |b_j|. S gives no weight to a coordinate that comes back to where it was, S' does."""
+    """S': weighted by |a_j| + |b_j|. S gives no weight to a coordinate that comes back to where it was, S' does: of
+    trainings that have nothing to do with one another S is 0, and S' -1/2."""
     curvature: float
     """|b - a| / |a + b|: 0 for an affine response."""
     metric: float
@@ -62,16 +63,17 @@ def _signs(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> float:
 
 
 def linearity(a: np.ndarray, b: np.ndarray) -> float:
-    """1 - |b - a|^2 / (|a|^2 + |b|^2) of two moves of equal length along one direction.
+    """1 - (2/3) |b - a|^2 / (|a|^2 + |b|^2) of two moves of equal length along one direction.
 
-    The share of the moves' squares that one slope for both explains, corrected for its being fitted to them (adjusted
-    R^2): 1 for an affine response, about 0 where the second move has nothing to do with the first, -1 where it takes
-    the first one back. NaN when nothing moves.
+    The share of the moves' squares that is a straight line: where each of the three trainings adds noise of its own to
+    a line, |a|^2 + |b|^2 is that of the line and 4 parts of noise, and |b - a|^2 is 6 parts. 1 for an affine response;
+    0 in the mean for three trainings that have nothing to do with one another; -1/3 where the second move takes the
+    first one back. NaN when nothing moves.
 
-    >>> linearity(np.array([1.0, 2.0]), np.array([1.0, 2.0])), linearity(np.array([1.0]), np.array([-1.0]))
-    (1.0, -1.0)
+    >>> linearity(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
+    1.0
     """
     total = float(a @ a + b @ b)
     if not total or not math.isfinite(total):
         return math.nan
-    return 1 - float((b - a) @ (b - a)) / total
+    return 1 - 2 / 3 * float((b - a) @ (b - a)) / total

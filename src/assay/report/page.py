@@ -130,11 +130,11 @@ def check(result: Any, where: object = "result.json") -> None:
 
 def _schema(result: dict) -> dict[str, Any]:
     """What the result of this kind of run must hold."""
-    if result.get("kind") != "verify":
+    if result.get("kind") not in ("verify", "metasmooth"):
         return SCHEMA
     from assay.report import trust
 
-    return trust.SCHEMA
+    return trust.SCHEMA if result["kind"] == "verify" else trust.SMOOTH
 
 
 def _faults(value: Any, spec: Any, path: str) -> Iterator[str]:
@@ -364,11 +364,11 @@ def _shortened(value: Any, limit: int) -> Any:
 def render(result: dict) -> str:
     """The page as text, under ten megabytes whatever the run holds."""
     page = ""
-    if result.get("kind") == "verify":
+    if result.get("kind") in ("verify", "metasmooth"):
         from assay.report import trust
 
-        held = _shortened(result, Limits.text)
-        return _environment().get_template("trust.html").render(trust.view(held)).lstrip()
+        held, view = _shortened(result, Limits.text), trust.view if result["kind"] == "verify" else trust.smooth
+        return _environment().get_template("trust.html").render(view(held)).lstrip()
     for limits in LEVELS:
         page = _environment().get_template("template.html").render(_view(result, limits)).lstrip()
         if len(page.encode()) < LARGEST:

@@ -1,4 +1,6 @@
-"""The page of `assay verify`: LDS with intervals under the ceiling, LDS against cost, removal curves, every check."""
+"""The page of `assay verify`: LDS with intervals under the ceiling, LDS against cost, removal curves, every check; or
+whether training can be differentiated.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +44,47 @@ SCHEMA: dict[str, Any] = {
     ],
     "examples?": [dict], "ledger?": [{"stage": str}], "warnings?": [str], "environment?": dict,
 }  # fmt: skip
+
+SMOOTH: dict[str, Any] = {
+    "name": str, "findings": [str], "command?": str,
+    "pool": {"rows": int, "used": int, "contain_target?": int},
+    "target": {"name": str, "used": int, "measure": str},
+    "model": {"kind": str, "parameters": NUMBER},
+    "training": {"steps": int, "recipe": {"optimiser": str, "lr": NUMBER, "terms_per_step": int}},
+    "smooth": {
+        "h": NUMBER, "directions": int, "center": NUMBER,
+        "rows": [
+            {
+                "name": str, "how": str, "verdict": str, "seconds": NUMBER, "flops": NUMBER, "error?": str,
+                "loss?": NUMBER, "linearity?": NUMBER, "linearity_by_direction?": [NUMBER], "agreement?": NUMBER,
+                "mended?": NUMBER, "curvature?": NUMBER, "metric?": NUMBER,
+            }
+        ],
+    },
+    "ledger?": [{"stage": str}], "warnings?": [str], "environment?": dict,
+}  # fmt: skip
+SMOOTH_VERDICTS = {"usefully": "better", "with care": "unresolved", "not usefully": "worse", "unknown": "baseline"}
+
+
+def smooth(result: dict) -> dict[str, Any]:
+    """What the template draws of a measurement of metasmoothness."""
+    rows = result["smooth"]["rows"]
+    known = [row for row in rows if finite(row.get("linearity"))]
+    ends = [end for row in known for end in row["linearity_by_direction"]]
+    axis = Axis(*span([0.0, 1.0, *ends], 0.04))
+    drawn = [
+        {"row": row, "at": axis.at(row["linearity"]), "ends": [axis.at(end) for end in row["linearity_by_direction"]]}
+        for row in known
+    ]
+    return {
+        "r": result, "verdicts": SMOOTH_VERDICTS, "smooth_rows": rows,
+        "outcome": "gain" if rows[0]["verdict"] == "usefully" else "none",
+        "read": "minus the margin" if result["target"]["measure"] == "margin" else "loss",
+        "metric": any(finite(row.get("metric")) for row in rows),
+        "lines": {"rows": drawn, "zero": axis.at(0.0), "one": axis.at(1.0), "ticks": axis.ticks(6)},
+        "ledger": figures.ledger(result.get("ledger") or []), "rows_shown": ROWS, "checks": [],
+        "study": json.dumps(result.get("study"), indent=2, ensure_ascii=False) if result.get("study") else "",
+    }  # fmt: skip
 
 
 def view(result: dict) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from assay.job import Job, build_task, check_contamination, read_pool
 from assay.proxies import train_proxies
 from assay.specs import LdsSpec
 from assay.study import Study
-from assay.trust import checks, contest, planted, standing
+from assay.trust import checks, contest, planted, smooth, standing
 from assay.trust.findings import findings
 from assay.trust.ground import Trust, trim
 
@@ -64,6 +64,13 @@ def spec(study: Study) -> dict[str, Any]:
     return plain | {"lds": study.lds.model_dump(mode="json"), "methods": listed if chosen else "default"}
 
 
+def smooth_spec(study: Study) -> dict[str, Any]:
+    """What metasmoothness is decided by, as JSON."""
+    plain = {k: v for k, v in spec(study).items() if k not in ("lds", "methods")}
+    sample = {k: getattr(study.lds, k) for k in ("examples", "targets", "measure")}
+    return plain | {"lds": sample, "smooth": study.smooth.model_dump(mode="json")}
+
+
 def wanted(trust: Trust) -> list[str]:
     """The further checks: those that were asked for, or all that mean something here."""
     asked = trust.spec.checks
@@ -82,17 +89,20 @@ def wanted(trust: Trust) -> list[str]:
 def verify_study(
     study: Study, out: Path, *, workers: int | None = None, progress: Progress | None = None, replace: bool = False,
     command: str = "", report: Callable[[Path], Path] | None = None, begin: Callable[[Trust], None] | None = None,
+    metasmooth: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Hold the study's methods against retraining and return the result (also in `result.json`).
+    """Hold the study's methods against retraining and return the result (also in `result.json`). With `metasmooth`,
+    say instead whether the scoring models' training can be differentiated.
 
     Raises `InputError` for bad input. Interrupted at any moment, the same call goes on.
     """
     study, progress = settled(study), progress or Progress()
-    run = Run.open(out, {"verify": spec(study)}, replace=replace, command=command)
+    about = {"metasmooth": smooth_spec(study)} if metasmooth else {"verify": spec(study)}
+    run = Run.open(out, about, replace=replace, command=command)
     trust = Trust(Job(study, run, workers or local.default_workers(), progress, command), study.lds)
     try:
         with Meter() as meter:
-            result = _work(trust, begin)
+            result = (_smooth if metasmooth else _work)(trust, begin)
         result |= {"wall": meter.wall, "peak_rss": meter.peak, "cpu": meter.cpu}
         run.publish(result)
         if report:
@@ -104,13 +114,35 @@ def verify_study(
         run.close()
 
 
+def _prepare(trust: Trust) -> None:
+    for stage in (read_pool, check_contamination):
+        stage(trust.job)
+    trim(trust)
+    build_task(trust.job)
+    _check_measure(trust.spec, trust.job.task)
+
+
+def _smooth(trust: Trust, begin: Callable[[Trust], None] | None) -> dict[str, Any]:
+    job, own = trust.job, trust.job.study.smooth
+    _prepare(trust)
+    if begin:
+        begin(trust)
+    rows = [row | {"verdict": smooth.verdict(row)} for row in smooth.measured(trust)]
+    return {
+        "format": 1, "kind": "metasmooth", "assay": __version__, "name": job.study.name, "command": job.command,
+        "environment": environment(), "study": smooth_spec(job.study), "pool": trust.facts,
+        "target": {"name": job.target.name, "used": len(trust.target), "measure": trust.spec.measure},
+        "model": {"kind": job.study.task.kind, "parameters": _parameters(job.task)},
+        "training": {"steps": trust.recipe.steps, "recipe": trust.recipe.spec()},
+        "smooth": {"h": own.h, "directions": own.directions, "center": own.center, "rows": rows},
+        "findings": smooth.sentences(rows, own.h, trust.spec.measure),
+        "ledger": job.run.ledger, "warnings": job.warnings,
+    }  # fmt: skip
+
+
 def _work(trust: Trust, begin: Callable[[Trust], None] | None) -> dict[str, Any]:
     job = trust.job
-    for stage in (read_pool, check_contamination):
-        stage(job)
-    trim(trust)
-    build_task(job)
-    _check_measure(trust.spec, job.task)
+    _prepare(trust)
     trust.entries = contest.entries(job.study, job.pool)
     if not any(e.name in ("bm25", "nearest") for e in trust.entries):
         job.warn("the pool has neither text nor a column of vectors: likeness to the target is not among the nulls")
