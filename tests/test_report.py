@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from assay.core.errors import InputError
-from assay.report import figures, page
+from assay.report import curves, figures, page
 
 DOMAINS = {"arithmetic": 3200, "wikipedia": 5200, "code": 2600, "forum": 1400, "boilerplate": 900}
 HOSTILE = [
@@ -150,6 +150,15 @@ def realistic(domains: dict[str, int] = DOMAINS, texts: list[str] = TEXTS) -> di
         "arms": measured(rng, domains),
         "nulls": {"random_vs_random": {"gain": 0.002, "ci": [-0.028, 0.032], "verdict": "unresolved"}},
         "scores": {arm: scored(rng, names, texts) for arm in scored_arms},
+        "curves": {
+            "less": [
+                {
+                    **{"title": "Loss along the descent", "x": "metastep", "y": "loss", "best": 2, "at": [0, 1, 2, 3]},
+                    "lines": {"selects": [2.0, 1.8, 1.75, 1.7], "held out": [2.1, 1.95, 1.9, 1.92]},
+                    "columns": {"terms": [900, 901, 899, 900]},
+                }
+            ]
+        },
         "agreement": {
             "arms": scored_arms,
             "spearman": [[1, 0.71, 0.22, -0.35], [0.71, 1, 0.3, -0.2], [0.22, 0.3, 1, 0.05], [-0.35, -0.2, 0.05, 1]],
@@ -190,6 +199,8 @@ def hostile() -> dict[str, Any]:
     result["scores"] = {originals[name]: entry for name, entry in result["scores"].items()}
     result["scores"][originals["trak"]]["scatter"]["score"][3] = float("nan")
     result["agreement"]["arms"] = list(originals.values())
+    entry = {text: HOSTILE[0] for text in ("title", "x", "y")}
+    result["curves"] = {HOSTILE[1]: [{**entry, "at": [0, 1], "lines": {text: [1.0, float("nan")] for text in HOSTILE}}]}
     for key in ("name", "command", "resume_command", "created", "assay"):
         result[key] = " ".join(HOSTILE[:4]) + HOSTILE[6]
     result["target"]["name"] = HOSTILE[0] + HOSTILE[4]
@@ -318,6 +329,8 @@ def test_numbers_that_cannot_be_drawn_are_no_trouble():
         for arm in result["arms"]:
             arm.update(gain_over_random=value, judged_loss=value, ci=[value, value], selection_flops_share=value)
             arm["planted"]["noise"]["enrichment"] = value
+        result["curves"]["less"][0]["lines"]["selects"][1:3] = [value] * 2
+        result["curves"]["less"][0]["at"][0] = value
         result["wall"] = result["peak_rss"] = result["ledger"][0]["wall"] = result["ledger"][0]["flops"] = value
         result["scores"]["trak"]["scatter"]["score"][:4] = [value] * 4
         assert Seen(page.render(result)).elements
@@ -328,8 +341,8 @@ def test_every_section_of_a_full_run_is_there_and_none_of_a_minimal_one():
         return [a["id"] for tag, a in Seen(page.render(result)).elements if tag == "section"]
 
     assert sections(realistic()) == [
-        *("arms", "domains", "scores", "agreement", "examples", "planted", "drops", "contamination", "quarantine"),
-        *("checks", "ledger", "replay", "study", "environment", "glossary"),
+        *("arms", "domains", "scores", "curves", "agreement", "examples", "planted", "drops", "contamination"),
+        *("quarantine", "checks", "ledger", "replay", "study", "environment", "glossary"),
     ]
     assert sections(minimal()) == ["arms", "glossary"]
 
@@ -496,3 +509,31 @@ def test_many_domains_share_the_last_colour():
     names = figures.Domains([f"d{i}" for i in range(20)])
     assert [names.colour(f"d{i}") for i in (0, 7, 8, 19)] == [0, 7, 8, 8]
     assert names.legend()[-1] == {"name": "12 smaller domains", "colour": 8}
+
+
+def test_a_curve_goes_through_its_points_and_breaks_where_there_is_none():
+    entry = realistic()["curves"]["less"][0]
+    drawn = curves.curve(entry)
+    assert drawn
+    first, second = (line["path"] for line in drawn["lines"])
+    places = [tuple(map(float, place.split())) for place in re.split("[ML]", second)[1:]]
+    assert second.count("M") == 1 and second.count("L") == 3 and first != second
+    assert [x for x, _ in places] == sorted(x for x, _ in places)
+    assert [y for _, y in places].index(min(y for _, y in places)) == 0, "the greatest loss stands highest"
+    assert drawn["best_at"] == 2 and 60 < drawn["best"] < 70
+    assert drawn["rows"][2] == [2, 1.75, 1.9, 899] and drawn["heads"] == ["metastep", "selects", "held out", "terms"]
+
+    entry["lines"]["selects"][1] = float("nan")
+    broken = curves.curve(entry)
+    assert broken and broken["lines"][0]["path"].count("M") == 2
+    entry["lines"] = {"selects": [float("inf")] * 4, "short": [1.0]}
+    assert curves.curve(entry) is None, "nothing to draw"
+    drawn = curves.curve({**realistic()["curves"]["less"][0], "best": None})
+    assert drawn and drawn["best"] is None
+
+
+def test_the_curve_is_in_the_page():
+    text = page.render(realistic())
+    text = text[text.index('<section id="curves"') :]
+    text = text[: text.index("</section>")]
+    assert text.count('class="curve') == 2 and "held out" in text and "Dashed: what was kept, metastep 2." in text

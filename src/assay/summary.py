@@ -45,6 +45,7 @@ def summarise(job: Job) -> dict[str, Any]:
         "detectable": _finite(detectable(losses)),
         "recommended": _recommended(arms),
         "scores": {name: _distribution(job, values, domains, loss) for name, values in ranked.items()},
+        "curves": _curves(job),
         "agreement": _agreement(ranked),
         "contamination": _contamination(job),
         "checks": _checks(job),
@@ -246,6 +247,13 @@ def _agreement(ranked: dict[str, np.ndarray]) -> dict[str, Any] | None:
     names = list(ranked)
     matrix = [[1.0 if a == b else _finite(spearman(ranked[a], ranked[b])) for b in names] for a in names]
     return {"arms": names, "spearman": matrix}
+
+
+def _curves(job: Job) -> dict[str, list[dict[str, Any]]]:
+    """What methods that go step by step noted along the way."""
+    notes = {name: job.measurer.table(method).meta.get("notes", {}) for name, method in job.methods.items()}
+    found = {name: [note["curve"] for note in own.values() if "curve" in note] for name, own in notes.items()}
+    return {name: curves for name, curves in found.items() if curves}
 
 
 def _contamination(job: Job) -> dict[str, Any]:

@@ -19,7 +19,10 @@ from assay.core.selection import Budget, Selection
 from assay.data import toys
 from assay.measure import Measurer
 from assay.numerics.curvature import exact_gradients, slopes
+from assay.report import curves
+from assay.report.page import _faults
 from assay.scorers.mgd import _Descent, balance
+from assay.summary import _curves
 from assay.train import loop, replay
 from assay.train.additions import Additions
 from assay.train.descent import Multiset, places
@@ -304,6 +307,11 @@ def test_planted_harm_is_removed(world: World, tmp_path: Path) -> None:
     assert len(rows) <= 11 and rows[0]["changed"] == 0 and all(r["terms"] == 210 for r in rows)
     best = table.meta["notes"]["descent"]["best"]
     assert rows[best]["hold"] == min(r["hold"] for r in rows) < rows[0]["hold"]
+    job: Any = SimpleNamespace(methods={"m": mgd(**OPTIONS)}, measurer=measurer)
+    (told,) = _curves(job)["m"]
+    assert told["lines"] == {"selects": [r["select"] for r in rows], "held out": [r["hold"] for r in rows]}
+    plot = curves.curve(told)
+    assert plot and plot["best_at"] == best and not list(_faults(told, curves.SCHEMA, ""))
     cut = make(Selector, "cut").select(table, np.ones(300, dtype=np.int64), Budget(210, "examples"), barred={})
     assert set(cut.ids.tolist()) == set(table.ids[counts > 0].tolist()), "the cut is the multiset"
 

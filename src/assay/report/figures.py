@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 PALETTE = 8  # colours of domains in the template; further domains share the grey one
 OTHER = PALETTE
+NUMBER = (int, float)
 
 
 def number(value: Any, digits: int = 3) -> str:

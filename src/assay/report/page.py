@@ -21,7 +21,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from assay.core.errors import InputError
-from assay.report import figures
+from assay.report import curves, figures
 
 FORMAT = 1
 LARGEST = 9_500_000  # bytes of the finished page
@@ -41,7 +41,7 @@ class Limits:
 LEVELS = (Limits(), Limits(6_000, 100, 1_500, 8, 30), Limits(1_500, 60, 400, 4, 15), Limits(200, 40, 120, 2, 5))
 
 # What `result.json` must hold for the page to be drawn. A key that ends in "?" may be missing or null.
-NUMBER = (int, float)
+NUMBER = figures.NUMBER
 SCHEMA: dict[str, Any] = {
     "name": str,
     "command?": str,
@@ -83,6 +83,7 @@ SCHEMA: dict[str, Any] = {
             "bottom?": [{"text?": str}],
         }
     },
+    "curves?": {"*": [curves.SCHEMA]},
     "agreement?": {"arms": [str], "spearman": [list]},
     "contamination?": {"items?": NUMBER, "hits?": NUMBER, "by_half?": dict, "examples?": [dict]},
     "ledger?": [{"stage": str}],
@@ -399,6 +400,7 @@ def _view(result: dict, limits: Limits) -> dict[str, Any]:
         "domains": domains,
         "composition": figures.composition(result, domains),
         "panels": panels,
+        "curves": curves.view(result),
         "data": data,
         "kinds": _keys(arms, "planted"),
         "metrics": _keys(arms, "metrics"),

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from assay.core.task import Inputs
     from assay.train.descent import Multiset
 
-# The window that is differentiated unless told otherwise: this part of the steps. What is added too late for training to
-# answer is judged by the error of the moment, and descent goes in circles: with a tenth of the steps 38% of the wrong
-# labels of digits were left after ten metasteps, with a half 7% (LOG.md).
+# The window that is differentiated unless told otherwise: this part of the steps. What is added too late for training
+# to answer is judged by the error of the moment, and descent goes in circles: with a tenth of the steps 38% of the
+# wrong labels of digits were left after ten metasteps, with a half 7% (LOG.md).
 TAIL = 0.5
 
 
