@@ -25,7 +25,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ("cli",), ("terminal", "template", "doctor", "plan"), ("report",), ("trust",), ("job", "store"),
     ("summary", "card", "proxies", "tasks"),
-    ("verify",), ("measure",), ("study",), ("specs",), ("features", "scorers", "selectors"), ("train", "data"),
+    ("verify",), ("measure",), ("study",), ("specs",), ("features", "scorers", "selectors", "ordering"),
+    ("train", "data"),
     ("numerics", "engine"), ("core",),
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
