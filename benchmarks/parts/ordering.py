@@ -38,7 +38,7 @@ from assay.train import loop
 from assay.train.recipe import Recipe
 from assay.train.replay import Training, metagradient
 
-SEEDS, WRONG, SHARE = 8, 0.1, 0.3
+SEEDS, WRONG, SHARE, MOVED = 6, 0.1, 0.3, 1 / 3
 DOMAIN = "biomed"
 
 
@@ -98,7 +98,7 @@ def decoder(folder: Path, quick: bool) -> World:
         steps=passes * len(pool) // 32, terms_per_step=32 * 64, optimiser="adamw", lr=2e-3, betas=(0.9, 0.95),
         eps_root=1e-8, weight_decay=0.01, schedule="linear", warmup=0.1, final=0.0, clip=0.0,
     )  # fmt: skip
-    return _world("ordering-decoder", task, pool, sides, recipe, passes, passes, folder)
+    return _world("ordering-decoder", task, pool, sides, recipe, passes, 2, folder)
 
 
 def _world(
@@ -147,6 +147,7 @@ def orders(
         "shuffled": ordering.shuffled(visits, seed=seed),
         "shuffled again": ordering.shuffled(visits, seed=seed + 1000),
         "best_phase": best,
+        "best_phase, some": ordering.best_phase(visits, utility, sizes, moved=MOVED, seed=seed),
         "best_phase, reversed": ordering.reversed_(best),
         "anneal": ordering.anneal(visits, whole, sizes, share=SHARE, seed=seed),
         "anneal, worst last": ordering.anneal(visits, -whole, sizes, share=SHARE, seed=seed),

@@ -23,6 +23,7 @@ from assay.core.pool import Pool
 from assay.core.progress import Progress
 from assay.core.run import Ledger, Meter, Run, environment
 from assay.core.selection import Budget, Selection
+from assay.core.table import Table
 from assay.core.target import Target
 from assay.data import gate, readers
 from assay.data.ingest import read_step, store
@@ -61,6 +62,8 @@ class Job:
     measurer: Measurer = field(init=False)
     methods: dict[str, Method] = field(default_factory=dict)
     selectors: dict[str, Selector] = field(default_factory=dict)
+    orders: dict[str, Any] = field(default_factory=dict)
+    """Of the arms that have one: what is trained on is their selection in this order."""
     budget: Budget = field(init=False)
     free: dict[str, Selection] = field(default_factory=dict)
     """What each arm would take if nothing were barred: the contamination of a method is read here."""
@@ -265,10 +268,26 @@ def train_arms(job: Job) -> None:
     budget = job.budget.amount if job.budget.unit == "tokens" else float(job.sizes.mean()) * job.budget.amount
     steps = spec.steps or max(1, math.ceil(spec.repeats * budget / spec.recipe.terms_per_step))
     job.recipe = spec.recipe.model_copy(update={"steps": steps, "seed": job.study.seed})
+    trained = {name: _in_order(job, name) if name in job.orders else s for name, s in job.selections.items()}
     job.judged = paired_training(
-        job.run, task, job.pool, job.encodings, job.target.judging, job.selections, job.recipe,
+        job.run, task, job.pool, job.encodings, job.target.judging, trained, job.recipe,
         seeds=job.study.verify.seeds, workers=job.workers, progress=job.progress,
     )  # fmt: skip
+
+
+def _in_order(job: Job, name: str) -> Selection:
+    """All visits of an arm's training, in the arm's order; kept beside its selection."""
+    from assay import ordering
+
+    scores = job.measurer.table(job.methods[name])
+    terms = Table(job.pool.ids, ["terms"], job.sizes[:, None])
+    losses = (lambda: job.measurer.table(make(Scorer, "loss"))) if job.proxies else None
+    made = ordering.fitted(
+        job.selections[name], job.recipe, lambda ids: terms.align(ids).values[:, 0],
+        lambda visits: ordering.ordered(job.orders[name], visits, scores, terms, losses),
+    )  # fmt: skip
+    made.save(job.run.path / "orders" / name)
+    return made
 
 
 STAGES: tuple[Callable[[Job], None], ...] = (
@@ -305,6 +324,8 @@ def run_study(
                     "{name = 'tuned', inner = ..., grid = ...} by short trainings",
                 )  # fmt: skip
             job.methods[arm.name], job.selectors[arm.name] = make(Scorer, arm.method), make(Selector, arm.select)
+            if arm.order is not None:
+                job.orders[arm.name] = arm.order
         with Meter() as meter:
             for stage in STAGES:
                 stage(job)
@@ -346,9 +367,9 @@ def export(job: Job, result: dict[str, Any]) -> None:
     """Selections as keep-lists, and the selected dataset of every measured arm as Parquet with its card."""
     from assay.card import write_dataset
 
-    for folder in ("selections", "dataset"):
+    for folder, wanted in (("selections", job.selections), ("dataset", job.selections), ("orders", job.orders)):
         for old in (job.run.path / folder).glob("*"):
-            if old.name not in job.selections:
+            if old.name not in wanted:
                 shutil.rmtree(old)
     for name, selection in job.selections.items():
         selection.save(job.run.path / "selections" / name)

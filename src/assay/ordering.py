@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -18,6 +20,9 @@ from assay.core.errors import InputError, nearest
 from assay.core.keys import hash_ids
 from assay.core.selection import Selection
 from assay.core.table import Table
+
+if TYPE_CHECKING:
+    from assay.train.recipe import Recipe
 
 
 def repeated(selection: Selection, passes: int) -> Selection:
@@ -147,11 +152,48 @@ def _transport(utility: np.ndarray, counts: np.ndarray, sizes: np.ndarray, rooms
     each = sparse.csr_array((np.ones(n * phases), (columns // phases, columns)), shape=(n, n * phases))
     room = sparse.csr_array((np.repeat(sizes, phases), (columns % phases, columns)), shape=(phases, n * phases))
     scale = float(np.abs(utility).max()) or 1.0
+    # The interior point method crosses over to a vertex, and is several times faster here than the simplex method.
     found = linprog(
-        -(utility / scale).ravel(), A_ub=room, b_ub=rooms, A_eq=each, b_eq=counts, bounds=(0, None), method="highs-ds"
+        -(utility / scale).ravel(), A_ub=room, b_ub=rooms, A_eq=each, b_eq=counts, bounds=(0, None), method="highs-ipm"
     )
     assert found.status == 0, found.message
     return found.x.reshape(n, phases)
+
+
+def fitted(
+    selection: Selection, recipe: Recipe, sizes: Callable[[np.ndarray], np.ndarray],
+    order: Callable[[Selection], Selection],
+) -> Selection:  # fmt: skip
+    """The visits that training on a selection makes, in an order, so that the last of them is in training's last step.
+
+    They are the very visits of the training that is not ordered, where examples are of equal size. Where they are not,
+    steps fill otherwise in another order: a few more visits are added, or the first ones of the order fall out (few,
+    that is, where a step holds many examples), and what room is left in the last step is filled by the first ones.
+    `sizes` gives the terms of ids.
+    """
+    from assay.train.loop import steps
+
+    terms, count = sizes(selection.ids), recipe.steps
+    for length in range(count, 2 * count + 1):
+        longer = recipe.model_copy(update={"steps": length})
+        rows = np.concatenate(list(islice(steps(longer, selection, terms), length)))
+        made = order(dataclasses.replace(selection, ids=selection.ids[rows], weights=selection.weights[rows]))
+        own = sizes(made.ids)
+        if _filled(own, recipe.terms_per_step) >= count:
+            # Without its first visit a sequence fills as many steps as with it, or one less: some suffix fills `count`.
+            first = bisect_left(range(len(own)), True, key=lambda k: _filled(own[k:], recipe.terms_per_step) <= count)
+            return dataclasses.replace(made, ids=made.ids[first:], weights=made.weights[first:])
+    raise AssertionError("no order of twice the visits fills half the steps")
+
+
+def _filled(sizes: np.ndarray, terms: int) -> int:
+    """How many steps a sequence of visits fills or begins, as the trainer fills them."""
+    count = filled = 0
+    for size in sizes.tolist():
+        if not count or filled + size > terms:
+            count, filled = count + 1, 0
+        filled += size
+    return count
 
 
 def _at(selection: Selection, order: np.ndarray, **about: Any) -> Selection:

@@ -223,3 +223,6 @@ class ArmSpec(Spec):
     select: Any = "cut"
     grid: dict[str, tuple[Any, ...]] = {}
     """Options to choose among, for `assay verify`: option -> values."""
+    order: Any = None
+    """When each visit comes, see `ordering`: a name, a table with a name and options, or a list of these, applied one
+    after the other. Not given, the trainer shuffles."""

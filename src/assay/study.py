@@ -13,6 +13,7 @@ from typing import Any
 
 import pydantic
 
+from assay import ordering
 from assay.core.errors import InputError, nearest
 from assay.core.method import Count, NonNegative, Scorer, Selector, find, make
 from assay.core.selection import Budget
@@ -136,6 +137,7 @@ class Study(Spec):
                 del recipe[decided]
         plain["arms"] = [
             {"name": a.name, "method": make(Scorer, a.method).spec(), "select": make(Selector, a.select).spec()}
+            | ({"order": a.order} if a.order is not None else {})
             for a in self.contestants()
         ]
         return plain
@@ -157,8 +159,11 @@ def _arm(spec: Any) -> ArmSpec:
             raise InputError(f"unreadable grid of {name!r}: {grid!r}", where="methods", fix=fix)
         for variant in variants(spec, grid):
             make(Scorer, variant)
+    order = None
+    if isinstance(spec, Mapping) and "order" in spec and "order" not in find(Scorer, name).__dataclass_fields__:
+        spec, order = {k: v for k, v in spec.items() if k != "order"}, spec["order"]
     make(Scorer, spec)
-    return ArmSpec(name=name, method=spec, grid={k: tuple(v) for k, v in grid.items()})
+    return ArmSpec(name=name, method=spec, grid={k: tuple(v) for k, v in grid.items()}, order=order)
 
 
 def variants(spec: Any, grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -190,6 +195,8 @@ def parse(data: Mapping[str, Any], *, where: str = "study") -> Study:
         try:
             make(Scorer, arm.method)
             make(Selector, arm.select)
+            if arm.order is not None:
+                ordering.parse(arm.order)
         except InputError as error:
             raise InputError(error.what, where=error.where or where, why=error.why, fix=error.fix) from error
     for key, value in _leaves(study.spec()):

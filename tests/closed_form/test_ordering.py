@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,18 @@ from assay.core.errors import InputError
 from assay.core.keys import encode_ids
 from assay.core.selection import Selection
 from assay.core.table import Table
-from assay.ordering import ORDERS, anneal, best_phase, curriculum, loss_sorted, repeated, reversed_, shuffled, visits
+from assay.ordering import (
+    ORDERS,
+    anneal,
+    best_phase,
+    curriculum,
+    fitted,
+    loss_sorted,
+    repeated,
+    reversed_,
+    shuffled,
+    visits,
+)
 from assay.train.loop import steps, train
 from assay.train.models import Classifier
 from assay.train.recipe import Recipe
@@ -180,6 +193,46 @@ def test_a_study_names_orders_and_they_compose() -> None:
     assert pairs(down) == pairs(curriculum(chosen, utility.sum(axis=1), rising=False))
     losses = ordering.ordered("loss_sorted", chosen, table, terms, lambda: Table(chosen.ids, ["l"], utility[:, :1]))
     assert pairs(losses) == pairs(loss_sorted(chosen, utility[:, 0]))
+
+
+def test_a_training_in_an_order_makes_the_visits_that_it_makes_without() -> None:
+    """Of equal examples, for whole and broken numbers of passes."""
+    own = selection(10, 1)
+    utility = dict(zip(own.ids.tolist(), np.random.default_rng(0).normal(size=10).tolist(), strict=True))
+
+    def order(every: Selection) -> Selection:
+        return curriculum(every, np.array([utility[i] for i in every.ids.tolist()]))
+
+    for length in (3, 5, 7, 15):
+        recipe = Recipe(steps=length, terms_per_step=8, seed=2)
+        found = fitted(own, recipe, lambda ids: np.full(len(ids), 2), order)
+        want = [own.ids[k] for b in islice(steps(recipe, own, np.full(10, 2)), length) for k in b]
+        assert Counter(found.ids.tolist()) == Counter(want) and len(found) == 4 * length
+        values = [utility[i] for i in found.ids.tolist()]
+        assert values == sorted(values)
+
+
+def test_the_last_visit_of_an_order_is_the_last_of_training_where_examples_are_unequal() -> None:
+    own = selection(100, 1)
+    _, sizes = columns(own)
+    table = Table(own.ids, ["n"], sizes[:, None].astype(float))
+
+    def terms(ids: np.ndarray) -> np.ndarray:
+        return table.align(ids).values[:, 0].astype(int)
+
+    for seed, rising in itertools.product(range(2), (True, False)):
+        recipe = Recipe(steps=9, terms_per_step=400, seed=seed)
+        up = partial(curriculum, rising=rising)
+        found = fitted(own, recipe, terms, lambda every, up=up: up(every, terms(every.ids)))
+        *early, last = islice(steps(recipe, found, terms(found.ids)), 9)
+        read, end = [k for b in early for k in b], len(found) - 1
+        assert read == list(range(len(read))) and end in last  # once each, in order, to the end
+        done = list(last).index(end) + 1
+        assert last[:done].tolist() == list(range(len(read), end + 1))
+        assert last[done:].tolist() == list(range(len(last) - done))  # what room is left
+        plain, ours = Counter(own.ids[k] for b in islice(steps(recipe, own, sizes), 9) for k in b), Counter(found.ids)
+        apart = sum((ours - plain).values()) + sum((plain - ours).values())
+        assert apart <= 0.15 * len(found)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from assay.core.errors import InputError
 from assay.core.keys import decode_ids
 from assay.core.method import Scorer, make
 from assay.core.pool import Pool
@@ -64,6 +65,11 @@ def entries(study: Study, pool: Pool) -> list[Entry]:
     else:
         listed = study.model_copy(update={"methods": DEFAULT_METHODS}).contestants()
         listed = [arm for arm in listed if not arm.name.startswith("random-")]
+    if told := [arm.name for arm in listed if arm.order is not None]:
+        raise InputError(
+            f"{', '.join(told)}: an order does nothing here", where="methods", why="scores are held against retraining",
+            fix="drop it; `assay run` trains in it",
+        )  # fmt: skip
     wanted, found = nulls(pool), []
     for name, null in wanted.items():
         if name not in [arm.name for arm in listed]:
