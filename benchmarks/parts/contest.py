@@ -51,6 +51,8 @@ class Contestant:
     marks: int = 1
     function: Callable[[Truth, list[list[Mark]], Options, np.ndarray], np.ndarray] | None = None
     """Scores `[targets, pool]` in place of `spec`, where the scorer itself takes one target at a time."""
+    reported: bool = False
+    """Whether only the targets that figures are of are asked for: where nothing is chosen and each costs a sweep."""
     like: str = ""
     """The contestant of the same tool whose chosen option it takes: for one that is the same object, dearly solved."""
 
@@ -92,9 +94,9 @@ class Contest:
 
     def _enter(self, contestant: Contestant) -> None:
         self.chosen[contestant.tool, contestant.method] = options = self._choose(contestant)
-        (found,) = self.score(contestant, [options], np.arange(len(self.world.targets)))
         own = self.world.sides[1]
-        values = found.values if len(found.values) == 1 else found.values[own]
+        (found,) = self.score(contestant, [options], own if contestant.reported else np.arange(len(self.world.targets)))
+        values = found.values if len(found.values) in (1, len(own)) else found.values[own]
         held = self.results.setdefault((contestant.tool, contestant.method), {})
         for label in ("lds_fixed", "lds_avg"):
             if label == "lds_fixed" and self.world.protocol == "subset":

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from assay.numerics import lds
 
 from .contest import OURS, Contest, Contestant, Row, centred, grid, row
@@ -21,7 +19,7 @@ ALPHA = 0.5
 
 def metagrad(world: Truth, name: str, **options: Any) -> Contestant:
     spec = {"name": "metagrad", "targets": "each", "measure": world.measure, "check": 0}
-    return Contestant(f"metagrad-{name}", {**spec, **options})
+    return Contestant(f"metagrad-{name}", {**spec, **options}, reported=True)
 
 
 def of(world: Truth) -> list[Contestant]:
@@ -70,8 +68,8 @@ def without_a_hundredth(contest: Contest, world: Truth, halves: int, workers: in
     )["targets"][:, :, own]  # fmt: skip
     found, print_ = [], lds.fingerprint({"case": world.case, "share": 0.99}, masks_mn, values)
     for contestant in (metagrad(world, "center-1"), metagrad(world, "center-alpha", center=ALPHA)):
-        (scores,) = contest.score(contestant, [{}], np.arange(len(world.targets)))
-        result = lds.score(masks_mn, scores.values[own].T, values, label="lds_fixed", fingerprint=print_)
+        (scores,) = contest.score(contestant, [{}], own)
+        result = lds.score(masks_mn, scores.values.T, values, label="lds_fixed", fingerprint=print_)
         ci = [result.low, result.high]
         found.append(row(world.case, OURS, contestant.method, "lds_leave_1pct", result.value, ci, scores.seconds))
     return found
