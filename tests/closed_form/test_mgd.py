@@ -21,7 +21,7 @@ from assay.measure import Measurer
 from assay.numerics.curvature import exact_gradients, slopes
 from assay.report import curves
 from assay.report.page import _faults
-from assay.scorers.mgd import _Descent, balance
+from assay.scorers.mgd import _Descent, _Seen, balance
 from assay.summary import _curves
 from assay.train import loop, replay
 from assay.train.additions import Additions
@@ -324,6 +324,50 @@ def test_without_a_limit_copies_may_repeat_and_the_cut_still_begins_with_them(wo
     assert len({r["terms"] for r in table.meta["notes"]["descent"]["trajectory"]}) > 1
 
 
+def test_a_model_never_scores_what_it_was_trained_on(world: World, tmp_path: Path) -> None:
+    """So an example has the same utility, to the last bit, in the multiset and out of it; with one fold it has not."""
+    for folds in (1, 3):
+        measurer = world.measurer(tmp_path / str(folds))
+        frame: Any = SimpleNamespace(uses=[], warnings=[], notes={}, method=mgd(**OPTIONS))
+        measurer._stack.append(frame)
+        own = _Descent.of(mgd(**{**OPTIONS, "folds": folds}), measurer)
+        counts = own.first()
+        out = counts.copy()
+        row = int(np.flatnonzero(counts)[0])
+        out[row] = 0
+        same = own.folds == own.folds[row]
+        before, after = (own.seen(c, set()).utility for c in (counts, out))
+        if folds == 1:
+            assert same.all() and before[row] != after[row]
+            continue
+        assert (before[same] == after[same]).all() and (before[~same] != after[~same]).mean() > 0.9
+        for fold in range(folds):
+            training = own.training(counts, fold)
+            assert set(training.selection.ids.tolist()) == set(own.ids[(counts > 0) & (own.folds != fold)].tolist())
+            assert (training.selection.weights == 1.5).all(), "the others take up its share of the loss"
+
+
+def test_memory_moves_by_a_running_mean(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, asked = iter(np.random.default_rng(0).normal(size=(3, 300))), []
+    held: list[np.ndarray] = []
+
+    def seen(self: Any, counts: np.ndarray, slow: set[str]) -> _Seen:
+        held.append(next(given))
+        return _Seen(1.0, 1.0 / len(held), held[-1])
+
+    def moved(self: Any, counts: np.ndarray, utility: np.ndarray, metastep: int) -> np.ndarray:
+        asked.append(utility)
+        return counts
+
+    monkeypatch.setattr(_Descent, "seen", seen)
+    monkeypatch.setattr(_Descent, "moved", moved)
+    table = world.measurer(tmp_path / "run").table(mgd(**{**OPTIONS, "metasteps": 2, "memory": 0.75}))
+    assert (asked[0] == held[0]).all()
+    np.testing.assert_allclose(asked[1], 0.75 * held[0] + 0.25 * held[1], rtol=1e-12)
+    order = np.argsort(np.argsort(table.align(np.sort(table.ids)).column("score") % 1))
+    assert (order == np.argsort(np.argsort(held[2]))).all(), "ties fall by the utilities of the best metastep itself"
+
+
 class Stopped(Exception):
     pass
 
@@ -387,6 +431,7 @@ def test_what_is_barred_or_withheld_takes_no_part(world: World, tmp_path: Path) 
     [
         ({"share": 2.0}, "share = 2"),
         ({"rate": 1.5}, "rate = 1.5"),
+        ({"memory": 1.5}, "memory = 1.5"),
         ({"share": 1e-6}, "nothing to begin with"),
         ({"hold": 1.0}, "cannot both choose and watch"),
         ({"window": 41}, "no window of 41 steps"),

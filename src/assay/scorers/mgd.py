@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ import pydantic
 
 from assay.core.errors import InputError
 from assay.core.keys import digest_ids, hash_ids, shuffled, uniform
-from assay.core.method import Batch, Context, Cost, Count, Positive, Scorer
+from assay.core.method import Batch, Context, Cost, Count, NonNegative, Positive, Scorer
 from assay.train.recipe import Recipe, overlaid
 
 if TYPE_CHECKING:
@@ -61,20 +62,24 @@ class Mgd(Scorer):
         is scaled by budget / size. most = 1 because a cut takes an example once; 0 lifts it. What has utility 0 stays.
         Every copy has moments of its own in training, keyed by its id: a count that changes moves no other example. A
         share `hold` of the target, keyed by id, only watches: after `patience` metasteps without a better loss on it
-        descent ends, and the best counts are kept. The mean of the target alone
+        descent ends, and the best counts are kept. The mean of the target alone. What a model has learnt by heart has
+        little left to give, so one more copy of it is worth less than one of a stranger, however good both are: with
+        folds = k > 1, k models train on the multiset without a k-th of the ids each, and score that k-th, in or out of
+        it alike; losses are means over them. memory = m < 1 moves by the running mean m u_before + (1 - m) u
     """
 
     start: Scorer | None = None
     share: Positive = 0.1
     metasteps: Count = 12
     rate: Positive = 0.2
+    memory: NonNegative = 0.0
     tau: Literal["budget", "free"] = "budget"
     most: Annotated[int, pydantic.Field(ge=0)] = 1
     window: Annotated[int, pydantic.Field(ge=0)] = 0
     insert: Count = 1
     hold: Positive = 0.5
     patience: Count = 4
-    models: Count = 1
+    folds: Count = 1
     measure: Literal["loss", "margin"] = "loss"
     recipe: dict[str, Any] | None = None
     branch: Annotated[int, pydantic.Field(ge=0)] = 0
@@ -93,7 +98,7 @@ class Mgd(Scorer):
         length = Recipe(**self.recipe) if self.recipe and "steps" in self.recipe else None
         terms = pool if length is None else length.steps * length.terms_per_step
         window = self.window / length.steps if self.window and length else TAIL
-        return self.models * (self.metasteps + 1) * (terms * (1 + 3 * min(1.0, window)) + self.insert * pool)
+        return (self.metasteps + 1) * (max(1, self.folds - 1) * terms * (1 + 3 * min(1.0, window)) + self.insert * pool)
 
     def span(self, recipe: Recipe) -> int:
         """Steps at the end of training that are differentiated."""
@@ -103,6 +108,7 @@ class Mgd(Scorer):
         descent = _Descent.of(self, context)
         ids, rows, best = descent.ids, [], None
         counts, changed = descent.first(), 0
+        utility = np.zeros(len(ids))
         slow = descent.audited(counts)
         for metastep in range(self.metasteps + 1):
             seen = descent.seen(counts, slow)
@@ -113,7 +119,8 @@ class Mgd(Scorer):
                 best = counts, seen, metastep
             if metastep - best[2] >= self.patience or metastep == self.metasteps:
                 break
-            after = descent.moved(counts, seen.utility, metastep)
+            utility = self.memory * utility + (1 - self.memory) * seen.utility if metastep else seen.utility
+            after = descent.moved(counts, utility, metastep)
             if not after.any():
                 context.warn(
                     "mgd: by their metagradients all examples harm the target: descent ends before none is left"
@@ -204,9 +211,11 @@ class _Descent:
         rows = np.argsort(context.pool.ids, kind="stable")
         ids, sizes = context.pool.ids[rows], context.encoded(context.pool).sizes[rows]
         free = ~np.isin(ids, context.barred)
-        for option, value in (("share", method.share), ("rate", method.rate), ("hold", method.hold)):
-            if value > 1:
-                raise InputError(f"mgd: {option} = {value:g}", why="it is a part of a whole", fix="at most 1")
+        for option in ("share", "rate", "hold", "memory"):
+            if getattr(method, option) > 1:
+                raise InputError(
+                    f"mgd: {option} = {getattr(method, option):g}", why="it is a part of a whole", fix="at most 1"
+                )
         may = np.sort(context.target.ids[~np.isin(context.target.ids, context.withheld)])
         order = may[shuffled(may, "mgd", "hold", context.seed)]
         held = max(1, round(method.hold * len(order)))
@@ -262,20 +271,29 @@ class _Descent:
         after[asked[(value < tau) & (down > 0)]] -= 1
         return after
 
-    def training(self, counts: np.ndarray, model: int) -> Multiset:
+    @cached_property
+    def folds(self) -> np.ndarray:
+        """Which model scores an example: the one that never trains on it."""
+        return (hash_ids(self.ids, "mgd", "fold", self.context.seed) % np.uint64(self.method.folds)).astype(np.int64)
+
+    def training(self, counts: np.ndarray, fold: int) -> Multiset:
+        """On the multiset without the fold, whose share of the loss the others take up."""
         import torch
 
         from assay.core.selection import Selection
         from assay.train.descent import Multiset
 
-        inside = np.flatnonzero(counts)
-        method, recipe = self.method, self.recipe
-        scale = self.budget / float(counts @ self.sizes) if method.tau == "free" else 1.0
+        method, folds = self.method, self.method.folds
+        inside = np.flatnonzero((counts > 0) & ((folds == 1) | (self.folds != fold)))
+        inside = inside if len(inside) else np.flatnonzero(counts)
+        scale = folds / max(1, folds - 1)
+        if method.tau == "free":
+            scale = self.budget / float(counts[inside] @ self.sizes[inside])
         return Multiset(
             self.context.task, self.context.encoded(self.context.pool), self.rows[inside],
-            Selection(self.ids[inside], np.full(len(inside), scale)), recipe.with_seed(recipe.seed + model),
+            Selection(self.ids[inside], np.full(len(inside), scale)), self.recipe,
             dtype=getattr(torch, method.precision), counts=counts[inside],
-            passes=recipe.steps * recipe.terms_per_step / self.budget,
+            passes=self.recipe.steps * self.recipe.terms_per_step / self.budget,
         )  # fmt: skip
 
     def audited(self, counts: np.ndarray) -> set[str]:
@@ -286,17 +304,17 @@ class _Descent:
         return audited(self.context, self.method.name, training.first, training.moved)
 
     def seen(self, counts: np.ndarray, slow: set[str]) -> _Seen:
-        """Train on the multiset, differentiate, score the pool: the mean over models. Kept, and found made."""
+        """Train on the multiset without each fold, differentiate, score the fold. Kept, and found made."""
         from assay.train.loop import load
 
         found = []
-        for model in range(self.method.models):
-            held = load(self._kept(self.training(counts, model), slow) / "found.safetensors")
+        for fold in range(self.method.folds):
+            held = load(self._kept(self.training(counts, fold), slow, fold) / "found.safetensors")
             found.append((*held.losses, held.params["utility"].numpy()))
-        select, hold, utility = (np.mean([f[k] for f in found], axis=0) for k in range(3))
-        return _Seen(float(select), float(hold), utility)
+        select, hold = (float(np.mean([f[k] for f in found])) for k in range(2))
+        return _Seen(select, hold, np.sum([f[2] for f in found], axis=0))
 
-    def _kept(self, training: Multiset, slow: set[str]) -> Path:
+    def _kept(self, training: Multiset, slow: set[str], fold: int) -> Path:
         context, method, recipe = self.context, self.method, training.recipe
         since = recipe.steps - method.span(recipe)
         steps = [since + j * (recipe.steps - since) // method.insert for j in range(method.insert)]
@@ -306,25 +324,28 @@ class _Descent:
 
             from assay.train import loop
 
-            losses, utility = self._measured(training, slow, since, steps, path / "states")
+            losses, utility = self._measured(training, slow, fold, since, steps, path / "states")
             loop.save(path / "found.safetensors", loop.Trained({"utility": torch.from_numpy(utility)}, {}, losses), "")
             shutil.rmtree(path / "states")
 
         encoded = context.encoded(context.pool)
         key = (
             training.key(), context.pool.fingerprint, digest_ids(self.selects), digest_ids(self.holds),
-            context.target.fingerprint, method.measure, method.branch, since, steps,
+            context.target.fingerprint, method.measure, method.branch, since, steps, fold, method.folds,
         )  # fmt: skip
         one = context.task.training_flops(encoded.sizes[training.rows], recipe.terms_per_step)
         spent = one * (recipe.steps + 3 * (recipe.steps - since))
         return context.kept(
-            "step", key, build, flops=spent + 3 * method.insert * context.task.forward_flops(encoded.sizes)
+            "step",
+            key,
+            build,
+            flops=spent + 3 * method.insert / method.folds * context.task.forward_flops(encoded.sizes),
         )
 
     def _measured(
-        self, training: Multiset, slow: set[str], since: int, steps: list[int], path: Path
+        self, training: Multiset, slow: set[str], fold: int, since: int, steps: list[int], path: Path
     ) -> tuple[list[float], np.ndarray]:  # fmt: skip
-        """The losses of both halves of the target, and the utilities of the pool, averaged over the steps."""
+        """The losses of both halves of the target, and the utilities of the fold, averaged over the steps; else 0."""
         import torch
 
         from assay.numerics.curvature import reading, slopes
@@ -351,7 +372,10 @@ class _Descent:
         utility = np.zeros(len(self.ids))
         for batch in context.batches(context.pool):
             where = np.searchsorted(self.ids, batch.ids)
-            utility[where] = added.utilities(batch.inputs, self.sizes[where]).mean(axis=0)[:, 0]
+            own = np.flatnonzero(self.folds[where] == fold)
+            if len(own):
+                inputs = {name: x[own] for name, x in batch.inputs.items()}
+                utility[where[own]] = added.utilities(inputs, self.sizes[where[own]]).mean(axis=0)[:, 0]
         return losses, utility
 
     def _asked(self, ids: np.ndarray) -> Iterator[Inputs]:
