@@ -142,13 +142,13 @@ def orders(
     visits: Selection, utility: np.ndarray, losses: np.ndarray, sizes: np.ndarray, seed: int
 ) -> dict[str, Selection]:
     whole = utility.sum(axis=1)
-    best = ordering.best_phase(visits, utility, sizes, seed=seed)
+    best = ordering.best_phase(visits, utility, sizes, moved=1, seed=seed)
     return {
         "shuffled": ordering.shuffled(visits, seed=seed),
         "shuffled again": ordering.shuffled(visits, seed=seed + 1000),
-        "best_phase": best,
-        "best_phase, some": ordering.best_phase(visits, utility, sizes, moved=MOVED, seed=seed),
-        "best_phase, reversed": ordering.reversed_(best),
+        "best_phase": ordering.best_phase(visits, utility, sizes, moved=MOVED, seed=seed),
+        "best_phase, all": best,
+        "best_phase, all, reversed": ordering.reversed_(best),
         "anneal": ordering.anneal(visits, whole, sizes, share=SHARE, seed=seed),
         "anneal, worst last": ordering.anneal(visits, -whole, sizes, share=SHARE, seed=seed),
         "curriculum, rising": ordering.curriculum(visits, whole, seed=seed),

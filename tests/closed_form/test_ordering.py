@@ -143,7 +143,7 @@ def test_the_best_phase_is_the_best_of_all_ways_to_fill_equal_phases(passes: int
             sum(every[i, p] for i, p in enumerate(way))
             for way in itertools.product(range(3), repeat=6) if Counter(way) == {0: 2, 1: 2, 2: 2}
         )  # fmt: skip
-        found = best_phase(chosen, every, np.full(6, 5), seed=seed)
+        found = best_phase(chosen, every, np.full(6, 5), moved=1, seed=seed)
         own = dict(zip(chosen.ids.tolist(), every, strict=True))
         assert sum(own[i][k // 2] for k, i in enumerate(found.ids.tolist())) == pytest.approx(best)
 
@@ -175,7 +175,7 @@ def test_visits_that_may_not_move_stay_in_every_phase() -> None:
     for part in np.split(found.ids, PHASES):
         counts = Counter(part.tolist())
         assert len(counts) == 10 and min(counts.values()) >= 1
-    everything = best_phase(chosen, utility, np.ones(80))
+    everything = best_phase(chosen, utility, np.ones(80), moved=1.0)
     assert any(len(Counter(part.tolist())) < 10 for part in np.split(everything.ids, PHASES))
     with pytest.raises(InputError, match="moved = 0"):
         best_phase(chosen, utility, np.ones(80), moved=0)
