@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 FIGURES = ("agreement", "mended", "curvature", "metric", "linearity")
 # Of linearity: of nine trainings at data weights of 1 and 1/2 (benchmarks/parts/smoothness.py), metagradients had an
-# LDS above .8 wherever linearity to halves was above .8, and below .2 wherever it was below .5. Small moves say it less
-# surely: above .9 as well, and below .5 anything from 0 to .7.
+# LDS above .8 wherever linearity to halves was above .8, and below .2 wherever it was below .5; from 0 to .7 between.
+# Small moves say it less surely: above .9 as well, and below that anything. A line through finite moves does not prove
+# that the derivative lies along it: `check` of metagrad compares the two.
 WELL, PARTLY, WELL_TO_HALVES = 0.9, 0.5, 0.8
 # A base beyond this is not told of remedies.
 ENOUGH = 0.98
