@@ -69,17 +69,22 @@ def main() -> None:
         if unknown:
             parser.error(f"no such {name}: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     from benchmarks.influence import table
-    from benchmarks.parts import descent, ordering, peers, reversal
 
     rows: list[Row] = []
     failed: list[str] = []
     if "lds" in chosen.parts:
         rows, failed = lds_rows(chosen)
     if "cost" in chosen.parts:
+        from benchmarks.parts import peers, reversal
+
         rows += reversal.rows(chosen.quick, chosen.threads, peers.interpreter(chosen.peers))
     if "mgd" in chosen.parts:
+        from benchmarks.parts import descent
+
         rows += descent.rows(chosen.quick, chosen.threads)
     if "ordering" in chosen.parts:
+        from benchmarks.parts import ordering
+
         rows += ordering.rows(chosen.quick, chosen.threads)
     print(table([{"options": {}, **r} for r in rows]))
     text = json.dumps({"rows": rows})

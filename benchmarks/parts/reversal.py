@@ -29,6 +29,7 @@ from benchmarks.parts.world import World, world  # noqa: E402
 
 DOCUMENTS, LENGTH, TARGETS = 8, 96, 16
 CASE = "cost-T256"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def training(place: World, folder: Path, steps: int) -> Any:
@@ -74,7 +75,11 @@ def rows(quick: bool, threads: int, python: Path | None = None) -> list[Row]:
         with tempfile.TemporaryDirectory(prefix="assay-reversal-") as name:
             folder, steps = Path(name), 16 if quick else 256
             place = world(folder / "world", DOCUMENTS * steps)
-            return [*_steps(place, folder, steps, quick), *_peaks(folder, quick), *_peer(place, folder, steps, python)]
+            return [
+                *_steps(place, folder, steps, quick),
+                *_peaks(folder, quick),
+                *_peer(place, folder, steps, python, threads),
+            ]
     finally:
         torch.set_num_threads(before)
 
@@ -182,7 +187,7 @@ def peak(model: str, documents: str, steps: int, branch: int) -> None:
     print(json.dumps({"peak": watch.most - before, "state": size}))
 
 
-def _peer(place: World, folder: Path, steps: int, python: Path | None) -> list[Row]:
+def _peer(place: World, folder: Path, steps: int, python: Path | None, threads: int) -> list[Row]:
     """bergson's own command lines on the same documents: `magic` less `train`, in units of its training steps."""
     from .peers import Peer, version
 
@@ -210,7 +215,8 @@ def _peer(place: World, folder: Path, steps: int, python: Path | None) -> list[R
         start = time.perf_counter()
         done = subprocess.run(
             [str(python), "-m", "bergson", command, str(folder / name), *common, *own], capture_output=True,
-            text=True, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}, check=False,
+            text=True, check=False,
+            env={**os.environ, "TORCHDYNAMO_DISABLE": "1", **{name: str(threads) for name in THREADS}},
         )  # fmt: skip
         if done.returncode:
             print(f"bergson {command} failed:\n{done.stderr[-2000:]}", file=sys.stderr)

@@ -342,6 +342,26 @@ def test_a_killed_sweep_goes_on_to_the_same_bytes(tmp_path: Path, at: int, monke
     assert same(found, whole)
 
 
+def test_a_sweep_of_other_targets_does_not_go_on_from_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, losses = perceptron(tmp_path, Recipe(steps=16, terms_per_step=6, **KINDS["sgd"]))
+    first, calls, real = objective(training, losses), [0], replay.reverse
+
+    def other(params: Any) -> Tensor:
+        return first(params)[:, [2, 0, 1]].contiguous()
+
+    def dying(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 9:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(replay, "reverse", dying)
+    with pytest.raises(Killed):
+        metagradient(training, first, path=tmp_path / "kept")
+    found = metagradient(training, other, path=tmp_path / "kept")
+    assert np.array_equal(found.phases, metagradient(training, other).phases)
+
+
 def same(found: Metagradient, other: Metagradient) -> bool:
     ends = all(torch.equal(found.final[n], p) for n, p in other.final.items())
     pushes = found.pushes.keys() == other.pushes.keys() and all(

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 HELD = 1 << 27
 # Steps at which examples are added, where not all were visited.
 INSERTIONS = 4
+# Targets whose slopes are made at a time.
+SLOPES = 32
 # What the finite differences change all weights by, as a share of center; further apart than this from the derivative
 # they are worth a warning.
 STEP, APART = 0.02, 0.1
@@ -65,8 +67,10 @@ class Metagrad(Scorer):
         linear: subsets of a share alpha weigh alpha on average, so the share that will be kept is a good one. masks = m
         averages over m random subsets of the share center instead. Examples that training never visits have no weight
         to differentiate: where there are any, or insert > 0, all are scored as additions to a few steps (4 unless
-        `insert` says more). window = m runs back through the last m steps alone. phases = P adds a column for
-        each of P equal spans of time (mean target only). AdamW gets eps_root = 1e-8 where it has none; dropout stays
+        `insert` says more). For the mean target the score is divided by n_i, as what fills a budget of terms should be;
+        rows that contain target items are not trained on and score 0 for their visits. window = m runs back through the
+        last m steps alone. phases = P adds a column for each of P equal spans of time: the utility of one visit there,
+        n_i and all (mean target only). AdamW gets eps_root = 1e-8 where it has none; dropout stays
         as the step drew it. `check` finite differences, along random directions over all weights, are noted beside the
         derivatives: where they differ, training is not smooth at that scale and scores foretell little
     """
@@ -96,7 +100,7 @@ class Metagrad(Scorer):
     def training_terms(self, pool: float, target: float) -> float:
         # A training is three forward passes' worth a term, as are the replay and the finite differences; two thirds of
         # a reversed step are as dear as a training step each.
-        length = Recipe(**self.recipe) if self.recipe and "steps" in self.recipe else None
+        length = overlaid(self.name, None, self.recipe) if self.recipe and "steps" in self.recipe else None
         terms = pool if length is None else length.steps * length.terms_per_step
         back = 3 * min(1, self.window / length.steps) if self.window and length else 3
         return terms * max(1, self.masks) * self.models * (2 + back + 2 * self.check)
@@ -112,16 +116,19 @@ class Metagrad(Scorer):
             columns = (*columns, *(f"phase {p + 1}" for p in range(self.phases)))
         rows = np.flatnonzero(~np.isin(context.pool.ids, context.barred))
         trainings = self._trainings(context, rows)
-        insert = self._insertions(context, trainings[0])
+        visits = [_visits(t, self._since(t.recipe.steps), self.phases) for t in trainings]
+        insert = self._insertions(context, trainings[0].recipe.steps, np.min(visits, axis=0))
         sizes, n = context.encoded(context.pool).sizes, len(context.pool)
         scores, pushes = np.zeros((0 if insert else n, len(columns))), []
-        for index, training in enumerate(trainings):
+        for index, (training, seen) in enumerate(zip(trainings, visits, strict=True)):
             phases, made = _Sweeps(self, context, training, insert).found(first=index == 0)
             if insert:
                 pushes.append(made)
                 continue
-            whole = -phases.sum(axis=0)
-            scores[rows] += np.hstack([whole, *(-p for p in phases if self.phases > 1)]) / len(trainings)
+            each = [-p / v[:, None] for p, v in zip(phases, seen, strict=True) if self.phases > 1]
+            scores[rows] += np.hstack([-phases.sum(axis=0), *each]) / len(trainings)
+        if not insert and self.targets == "mean":
+            scores[:, 0] /= sizes
         order = np.argsort(context.pool.ids, kind="stable")
         return _State(columns, context.pool.ids[order], sizes[order], scores[order] if len(scores) else scores, pushes)
 
@@ -137,7 +144,8 @@ class Metagrad(Scorer):
             return state.scores[where]
         found = [own.utilities(batch.inputs, state.sizes[where]) for own in state.pushes]
         steps = np.mean(found, axis=0)  # [steps, b, c]
-        return np.hstack([steps.mean(axis=0), *(steps if self.phases > 1 else [])])
+        whole = steps.mean(axis=0) / (state.sizes[where][:, None] if self.targets == "mean" else 1)
+        return np.hstack([whole, *(steps if self.phases > 1 else [])])
 
     def _recipe(self, context: Context) -> Recipe:
         return overlaid("metagrad", context.recipe, self.recipe, smooth=True)
@@ -157,7 +165,15 @@ class Metagrad(Scorer):
             weights = [mask.astype(np.float64) for mask in drawn]
         dtype = getattr(torch, self.precision)
         return [
-            Training(context.task, encoded, rows, Selection(ids, w), recipe.with_seed(recipe.seed + k), dtype=dtype)
+            Training(
+                context.task,
+                encoded,
+                rows,
+                Selection(ids, w),
+                recipe.with_seed(recipe.seed + k),
+                dtype=dtype,
+                data=context.pool.fingerprint,
+            )
             for k in range(self.models)
             for w in weights
         ]
@@ -165,22 +181,31 @@ class Metagrad(Scorer):
     def _since(self, steps: int) -> int:
         return max(0, steps - self.window) if self.window else 0
 
-    def _insertions(self, context: Context, training: Training) -> list[int]:
-        """Steps at which examples are added; none where each has visits of its own."""
-        steps = training.recipe.steps
+    def _insertions(self, context: Context, steps: int, least: np.ndarray) -> list[int]:
+        """Steps at which examples are added; none where each has visits of its own in every phase of every training.
+        `least` [P, n]: the fewest visits of any."""
         since, count = self._since(steps), self.insert
-        seen = np.zeros(len(training.rows), dtype=bool)
-        for batch in training.batches[since:]:
-            seen[batch] = True
-        missed = len(context.pool) - int(seen.sum())
-        if not count and missed:
-            count = max(INSERTIONS, self.phases)
+        missed = int((least == 0).any(axis=0).sum())
+        if (count or missed) and self.phases > 1:
+            count = self.phases
+        elif missed and not count:
+            count = INSERTIONS
+        count = min(count, steps - since)
+        if missed and not self.insert:
             context.note(
-                "metagrad: additions", f"training does not visit {missed} of {len(context.pool)} examples: all are "
-                f"scored as additions to {count} of its steps", steps=count,
+                "metagrad: additions", f"training does not visit {missed} of {least.shape[1]} examples "
+                f"{'in every phase' if self.phases > 1 else 'at all'}: all are scored as additions to {count} of its "
+                "steps", steps=count,
             )  # fmt: skip
-        count = self.phases if count and self.phases > 1 else min(count, steps - since)
         return [since + int((j + 0.5) * (steps - since) / count) for j in range(count)]
+
+
+def _visits(training: Training, since: int, phases: int) -> np.ndarray:
+    """How often each example is visited in each of the phases, `[P, n]`."""
+    found, steps = np.zeros((phases, len(training.rows)), dtype=np.int64), training.recipe.steps
+    for step in range(since, steps):
+        np.add.at(found[(step - since) * phases // (steps - since)], training.batches[step], 1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -225,11 +250,14 @@ class _Sweeps:
         from assay.numerics.curvature import reading, slopes
 
         context, method = self.context, self.method
-        f, inputs = reading(context.task, method.measure), (b.inputs for b in context.batches(context.target))
+        f = reading(context.task, method.measure)
         if method.targets == "mean":
+            inputs = (b.inputs for b in context.batches(context.target))
             return slopes(context.task, params, inputs, f, names, each=False)
-        found = slopes(context.task, params, inputs, f, names, each=True, fallback=slow)
-        return found[:, batch_places(context, context.target)[list(part)]].contiguous()
+        # Of this part alone: slopes of all targets of a large model would not fit.
+        encoded, rows = context.encoded(context.target), np.array(part)
+        some = (encoded.inputs(rows[at : at + SLOPES]) for at in range(0, len(rows), SLOPES))
+        return slopes(context.task, params, some, f, names, each=True, fallback=slow)
 
     def _values(self, params: Any, part: range) -> np.ndarray:
         """f of the targets of this part, `[c]`."""
@@ -264,7 +292,7 @@ class _Sweeps:
                 tensors[f"push.{step}"] = torch.cat([a.flatten(1) for a in push], dim=1).T.contiguous()
                 tensors |= {f"weights.{step}.{n}": p for n, p in params.items()}
             tensors |= {f"final.{n}": p for n, p in made.final.items()}
-            loop.save(path / "found.safetensors", loop.Trained(tensors, {}, [made.restored, made.peak]), "")
+            loop.save(path / "found.safetensors", loop.Trained(tensors, {}, []), "")
             shutil.rmtree(path / "states")
 
         key = (

@@ -95,7 +95,7 @@ class Mgd(Scorer):
 
     def training_terms(self, pool: float, target: float) -> float:
         # A reversed step with its replay is three training steps' worth; a gradient of an example is one.
-        length = Recipe(**self.recipe) if self.recipe and "steps" in self.recipe else None
+        length = overlaid(self.name, None, self.recipe) if self.recipe and "steps" in self.recipe else None
         terms = pool if length is None else length.steps * length.terms_per_step
         window = self.window / length.steps if self.window and length else TAIL
         return (self.metasteps + 1) * (max(1, self.folds - 1) * terms * (1 + 3 * min(1.0, window)) + self.insert * pool)

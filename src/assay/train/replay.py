@@ -63,6 +63,8 @@ class Training:
     recipe: Recipe
     start: Params | None = None
     dtype: torch.dtype = torch.float32
+    data: str = ""
+    """What `encoded` holds, such as its pool's fingerprint: kept states are keyed by it."""
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.float64):
@@ -100,7 +102,15 @@ class Training:
 
     def key(self) -> str:
         start = loop.fingerprint(self.start) if self.start is not None else ""
-        return digest(self.recipe.spec(), self.task.describe(), self.selection.fingerprint, start, str(self.dtype))
+        return digest(
+            self.recipe.spec(),
+            self.task.describe(),
+            self.selection.fingerprint,
+            start,
+            str(self.dtype),
+            self.data,
+            self.rows.tolist(),
+        )
 
     def initial(self) -> State:
         params = [self.first[n] for n in self.moved]
@@ -270,6 +280,8 @@ class _Sweep:
     progress: Progress
     prints: dict[int, str] = field(default_factory=dict)
     """Hashes of the weights before each step, of the first run."""
+    asked: str = ""
+    """The key of what is kept on the way back: of the run and of the slopes that it began from."""
 
     def __post_init__(self) -> None:
         steps = self.training.recipe.steps
@@ -291,6 +303,7 @@ class _Sweep:
         starts, last = self._forward()
         final = self.training.named(last)
         slopes = self.objective(final)
+        self.asked = digest(self.key, "adjoint", loop.fingerprint({"slopes": slopes}))
         found = Metagradient(np.zeros((self.phases, n, slopes.shape[1])), np.zeros(n, dtype=np.int64), {}, final)
         for step in range(self.since, steps):
             np.add.at(found.visits, self.training.batches[step], 1)
@@ -402,13 +415,13 @@ class _Sweep:
         for name, values in lists.items():
             tensors |= {f"{name}.{j}": v for j, v in enumerate(values)}
         held = loop.Trained(tensors, {}, [float(step)])
-        loop.save(self.path / "adjoint.safetensors", held, digest(self.key, "adjoint"))
+        loop.save(self.path / "adjoint.safetensors", held, self.asked)
 
     def _resumed(self, found: Metagradient, last: Adjoint) -> tuple[Adjoint, int]:
         """What a killed sweep left: the adjoint before a step, and that step."""
         steps = self.training.recipe.steps
         file = self.path / "adjoint.safetensors" if self.path else None
-        held = loop.load_if(file, digest(self.key, "adjoint")) if file else None
+        held = loop.load_if(file, self.asked) if file else None
         if held is None or held.params["phases"].shape != found.phases.shape:
             return last, steps
         count, tensors = len(self.training.moved), held.params

@@ -1,0 +1,123 @@
+"""The scorer `metagrad`: its columns are the derivatives of the run that it says, scaled and signed as it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from assay.core.errors import InputError
+from assay.core.method import Scorer, make
+from assay.core.pool import Pool
+from assay.core.run import Run
+from assay.core.selection import Selection
+from assay.measure import Measurer
+from assay.numerics.curvature import slopes
+from assay.train.models import Classifier
+from assay.train.recipe import Recipe
+from assay.train.replay import Training, metagradient
+from helpers import language, prepared, text_pool, vector_pool
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RECIPE = Recipe(steps=12, terms_per_step=8, lr=0.3, optimiser="sgd", clip=0.0)
+
+
+def table(folder: Path, task: Any, pool: Pool, target: Pool, recipe: Recipe, barred: Any = None, **options: Any) -> Any:
+    """The Table by the verb itself, in `folder`/run."""
+    encodings = {}
+    for part in (pool, target):
+        encodings[part.fingerprint] = folder / part.fingerprint
+        prepared(task, part, folder / part.fingerprint)
+    run = Run.open(folder / "run", {"name": "metagrad"})
+    try:
+        measurer = Measurer(run, pool, target, task=task, encodings=encodings, recipe=recipe, barred=barred, key="k")
+        return measurer.table(make(Scorer, {"name": "metagrad", "precision": "float64", **options}))
+    finally:
+        run.close()
+
+
+def direct(
+    folder: Path, task: Any, pool: Pool, target: Pool, recipe: Recipe, center: float = 1.0, **how: Any
+) -> np.ndarray:
+    """d f / d w by phase `[P, n, q]`, without the scorer."""
+    asked = prepared(task, target, folder / "asked").inputs(np.arange(len(target)))
+    encoded, rows = prepared(task, pool, folder / "own"), np.arange(len(pool))
+    training = Training(
+        task, encoded, rows, Selection(pool.ids, np.full(len(pool), center)), recipe, dtype=torch.float64
+    )
+    return metagradient(
+        training, lambda p: slopes(task, p, [asked], task.loss, training.moved, each=True), **how
+    ).phases
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> tuple[Path, Classifier, Pool, Pool, Recipe]:
+    return tmp_path, Classifier(inputs=5, classes=3, hidden=(4,)), vector_pool(24), vector_pool(6, seed=1), RECIPE
+
+
+@pytest.mark.parametrize("together", [256, 4])
+def test_each_target_has_minus_the_derivative_at_the_center(world: Any, together: int) -> None:
+    found = table(*world, center=0.5, targets="each", together=together)
+    assert list(found.columns) == [i.decode() for i in world[3].ids]
+    assert np.allclose(found.values, -direct(*world, center=0.5)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_mean_target_is_scored_per_term(tmp_path: Path) -> None:
+    """Documents of many lengths: what fills a budget of tokens is utility a token."""
+    pool, target = text_pool(12), text_pool(4, seed=3)
+    task, encoded = language(pool, tmp_path / "pool", width=8, vocab=270, context=12)
+    recipe = Recipe(steps=10, terms_per_step=60, lr=0.1, optimiser="momentum", clip=0.0)
+    values = table(tmp_path, task, pool, target, recipe).values[:, 0]
+    want = -direct(tmp_path, task, pool, target, recipe)[0].mean(axis=1) / encoded.sizes
+    assert len(np.unique(encoded.sizes)) > 2 and np.allclose(values, want, rtol=1e-9, atol=1e-12)
+
+
+def test_phases_are_of_one_visit(world: Any) -> None:
+    """24 examples, 8 a step: each is visited twice in either half of 12 steps."""
+    values = table(*world, phases=2).values
+    want = -direct(*world, phases=2).mean(axis=2)
+    assert np.allclose(values[:, 0], want.sum(axis=0), rtol=1e-9) and np.allclose(values[:, 1:], want.T / 2, rtol=1e-9)
+
+
+def test_where_a_phase_lacks_visits_all_are_scored_as_additions(world: Any) -> None:
+    found = table(*world, phases=5)
+    assert any("in every phase" in note["detail"] for note in found.meta["notes"].values())
+    assert (found.values != 0).all()
+
+
+def test_additions_to_every_step_are_the_visits_of_a_full_batch(world: Any) -> None:
+    """With the whole pool in each step, an addition to all steps is what a unit of data weight is."""
+    recipe = RECIPE.model_copy(update={"terms_per_step": 24})
+    visits = table(*world[:4], recipe).values[:, 0]
+    added = table(*world[:4], recipe, insert=12).values[:, 0]
+    assert np.allclose(12 * added, visits, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_that_hold_target_items_are_not_trained_on(world: Any) -> None:
+    folder, task, pool, target, recipe = world
+    rest = pool.at(np.arange(2, 24))
+    values = table(*world, barred=pool.ids[:2]).values[:, 0]
+    want = -direct(folder, task, rest, target, recipe)[0].mean(axis=1)
+    assert (values[:2] == 0).all() and np.allclose(values[2:], want, rtol=1e-9)
+
+
+def test_other_data_under_the_same_ids_is_another_sweep(world: Any) -> None:
+    folder, task, pool, target, recipe = world
+    columns = {"id": [i.decode() for i in pool.ids], "pixels": pool.column("pixels")}
+    labels = [(label + 1) % 3 for label in pool.column("label")]
+    other = Pool.from_columns({**columns, "label": labels})
+    same = Pool.from_columns({**columns, "label": pool.column("label")})
+    assert np.array_equal(same.ids, other.ids)
+    table(folder, task, same, target, recipe)
+    found = table(folder, task, other, target, recipe).values
+    fresh = table(folder / "fresh", task, other, target, recipe).values
+    assert np.array_equal(found, fresh)
+
+
+def test_a_bad_recipe_is_told_before_anything_runs() -> None:
+    made = make(Scorer, {"name": "metagrad", "recipe": {"steps": 20, "steeps": 1}})
+    with pytest.raises(InputError, match="steeps"):
+        made.training_terms(100.0, 10.0)
