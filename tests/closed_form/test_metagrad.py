@@ -90,9 +90,10 @@ def test_where_a_phase_lacks_visits_all_are_scored_as_additions(world: Any) -> N
 
 def test_additions_to_every_step_are_the_visits_of_a_full_batch(world: Any) -> None:
     """With the whole pool in each step, an addition to all steps is what a unit of data weight is."""
+    folder, task, pool, target, _ = world
     recipe = RECIPE.model_copy(update={"terms_per_step": 24})
-    visits = table(*world[:4], recipe).values[:, 0]
-    added = table(*world[:4], recipe, insert=12).values[:, 0]
+    visits = table(folder, task, pool, target, recipe).values[:, 0]
+    added = table(folder, task, pool, target, recipe, insert=12).values[:, 0]
     assert np.allclose(12 * added, visits, rtol=1e-9, atol=1e-12)
 
 
