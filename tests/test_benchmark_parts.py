@@ -216,3 +216,18 @@ def test_every_contestant_of_ours_can_be_made_with_every_option(parts, case):
     assert len(set(pairs)) == len(pairs)
     assert all((entrant.tool, entrant.like) in pairs for entrant in everyone if entrant.like)
     assert len(entries.of(world, True)) == len(everyone)
+
+
+def test_arms_of_descent_can_be_made_and_share_a_budget(parts, tmp_path):
+    from assay.core.method import Scorer, make
+
+    descent = parts("descent")
+    world = descent.digits(tmp_path, True)
+    assert world.budget == 210 and world.good.sum() == 240 and len(world.pool) == 300
+    assert not set(world.selecting.ids.tolist()) & set(world.judging.ids.tolist())
+    arms = {name: make(Scorer, arm) for name, arm in world.arms.items() if not callable(arm)}
+    assert arms["mgd"].share * len(world.pool) == world.budget
+    assert set(world.nulls) <= set(arms) and {"metagrad", "mgd"} <= set(arms)
+    own = {name: arms[name].recipe["seed"] for name in ("metagrad", "mgd")}
+    judged = {world.recipe.seed * 1000 + k for k in range(world.seeds)}
+    assert not set(own.values()) & judged, "who chooses never trains at a seed that is judged"
