@@ -179,6 +179,7 @@ def digits(folder: Path, quick: bool) -> World:
     own = {"seed": OWN}
     descent = {
         "name": "mgd", "recipe": own, "share": 0.7, "rate": 0.4, "metasteps": 2 if quick else 10, "patience": 10,
+        "window": recipe.steps, "insert": 4, "memory": 0.8,
     }  # fmt: skip
     once = {"name": "metagrad", "check": 0, "recipe": own, "insert": 4}
     arms = {"loss": {"name": "loss"}, "metagrad": once, "mgd": descent}
