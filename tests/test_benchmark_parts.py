@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def test_arms_of_descent_can_be_made_and_share_a_budget(parts, tmp_path):
     world = descent.digits(tmp_path, True)
     assert world.budget == 210 and world.good.sum() == 240 and len(world.pool) == 300
     assert not set(world.selecting.ids.tolist()) & set(world.judging.ids.tolist())
-    arms = {name: make(Scorer, arm) for name, arm in world.arms.items() if not callable(arm)}
+    arms: dict[str, Any] = {name: make(Scorer, arm) for name, arm in world.arms.items() if not callable(arm)}
     assert arms["mgd"].share * len(world.pool) == world.budget
     assert set(world.nulls) <= set(arms) and {"metagrad", "mgd"} <= set(arms)
     own = {name: arms[name].recipe["seed"] for name in ("metagrad", "mgd")}

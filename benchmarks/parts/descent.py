@@ -216,11 +216,11 @@ def choose(world: World, run: Run) -> Chosen:
     )  # fmt: skip
     unit = "tokens" if world.task.countable else "examples"
     cut, chosen = make(Selector, "cut"), Chosen()
-    arms = {**{f"random-{k}": {"name": "random", "seed": k} for k in range(1, DRAWS + 1)}, **world.arms}
+    arms: dict[str, Any] = {**{f"random-{k}": {"name": "random", "seed": k} for k in range(1, DRAWS + 1)}, **world.arms}
     for name, arm in arms.items():
         start = time.perf_counter()
         if callable(arm):
-            table = Table(world.pool.ids, ("score",), arm(world)[:, None])
+            table = Table(world.pool.ids, ("score",), np.asarray(arm(world))[:, None])
         else:
             table = measurer.table(make(Scorer, arm))
         chosen.tables[name], chosen.seconds[name] = table, time.perf_counter() - start
