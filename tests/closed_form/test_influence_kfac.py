@@ -128,3 +128,20 @@ def test_a_decoder_is_scored_target_by_target(tmp_path: Path) -> None:
     slopes, own = looped(task, params, asked, np.arange(3)), looped(task, params, encoded, np.arange(10))
     along = factors.inverse(slopes, damping=0.1)
     near(each, sum((own[n].flatten(1) @ along[n].flatten(1).T for n in own), torch.zeros(10, 3)) / 10, 1e-8)
+
+
+def test_targets_of_low_rank_are_exact_where_theirs_is_no_higher(tmp_path: Path) -> None:
+    """T-d12: a vector's gradient at a linear layer is one outer product; the mean of six has more of them."""
+    pool, target = vector_pool(20), vector_pool(6, seed=1)
+    task, _ = classifier(pool, tmp_path / "pool", hidden=(4,))
+    prepared(task, target, tmp_path / "target")
+    made = measured(tmp_path, task, pool, target)
+
+    def scores(targets: str, rank: int) -> np.ndarray:
+        spec = {**QUICK, "solver": "ekfac", "damping": 0.2, "targets": targets, "query_rank": rank}
+        return made.table(make(Scorer, spec)).values
+
+    near(torch.from_numpy(scores("each", 1)), torch.from_numpy(scores("each", 0)), 1e-9)
+    whole = scores("mean", 0)
+    gaps = [float(np.abs(scores("mean", rank) - whole).max() / np.abs(whole).max()) for rank in (1, 2, 3, 4)]
+    assert gaps[0] > 1e-3 and gaps[0] > gaps[2] and gaps[3] < 1e-9

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import pydantic
 
 from assay.core.errors import InputError
 from assay.core.method import (
@@ -58,7 +59,8 @@ class Influence(Scorer):
         'kfac' and 'ekfac' take two passes over the pool and no products: the Fisher information of each layer as a
         Kronecker product, or diagonal in its basis, each term of the pool counting once as in training, sides cut into
         pieces of at most `block`, `draws` labels for each term (0: 10,000 in all), of models of any size (precision =
-        'float32' halves their time); precondition = 'ekfac' has them ease the way of CG. curvature
+        'float32' halves their time); precondition = 'ekfac' has them ease the way of CG; query_rank = r
+        keeps the r largest singular values of a target's gradient at each matrix (0: all). curvature
         'ggn' drops the model's own bend; 'fisher' is made from labels drawn from the model, 'empirical' from the given
         ones. measure = 'margin' takes f = -margin, for classifiers; targets = 'each' gives a column for each target
         example; layers = 'linear' holds all others fixed. tr(H) is exact where H's rows fit into memory, else
@@ -84,6 +86,7 @@ class Influence(Scorer):
     precondition: Literal["none", "subspace", "ekfac"] = "subspace"
     block: Count = 512
     draws: int = 0
+    query_rank: Annotated[int, pydantic.Field(ge=0)] = 0
     minibatch: int = 0
     seed: int = 0
     precision: Literal["float64", "float32"] = "float64"
@@ -123,6 +126,8 @@ class Influence(Scorer):
         f, inputs = reading(context.task, self.measure), (batch.inputs for batch in context.batches(context.target))
         v = slopes(context.task, params, inputs, f, names, each=self.targets == "each", fallback=slow)
         v = v[:, batch_places(context, context.target)] if self.targets == "each" else v
+        if self.query_rank:
+            v = of_rank(v, {n: params[n] for n in names}, self.query_rank)
         if self.solver in ("kfac", "ekfac"):
             return self._factored(context, params, names, index)(v)
         solution = self._solved(context, params, names, v, index, slow)
@@ -262,3 +267,17 @@ class Influence(Scorer):
         task, inputs, names = state.task, batch.inputs, state.names
         found = [dots(task, params, inputs, x, names, slow).numpy() for params, x, slow in state.models]
         return np.mean(found, axis=0, dtype=np.float64)
+
+
+def of_rank(v: Tensor, like: dict[str, Tensor], rank: int) -> Tensor:
+    """Directions `[p, c]`, at each matrix of `like` the nearest ones of this rank; exact where theirs is no higher."""
+    from assay.numerics.kfac import joined, parted
+
+    found = parted(v, like)
+    for name, g in found.items():
+        if g.dim() > 2 and min(g.shape[1], g[0, 0].numel()) > rank:
+            import torch
+
+            u, s, w = torch.linalg.svd(g.flatten(2), full_matrices=False)
+            found[name] = ((u[..., :rank] * s[:, None, :rank]) @ w[:, :rank]).view_as(g)
+    return joined(found, like)
