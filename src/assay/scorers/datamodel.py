@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import pydantic
 
-from assay.core.errors import InputError
 from assay.core.keys import digest
 from assay.core.method import Batch, Context, Cost, Count, NonNegative, Positive, Scorer, Targets, target_columns
-from assay.train.recipe import Recipe
+from assay.train.recipe import Recipe, overlaid
 
 # Seeds of the trainings, away from those of the scoring models and of verification.
 SEEDS = 200_000
@@ -57,26 +55,12 @@ class Datamodel(Scorer):
 
     def _recipe(self, known: Recipe | None) -> Recipe | None:
         """The recipe of this method's own trainings. Raises `InputError` when it says what no recipe has."""
-        if self.recipe is None:
-            return known
-        try:
-            return Recipe(**self.recipe)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(
-                f"datamodel: recipe.{first['loc'][0]} cannot be {first['input']!r}", why=first["msg"],
-                fix="give keys of a recipe, such as {steps = 300, lr = 0.1, optimiser = 'momentum'}",
-            ) from error  # fmt: skip
+        return known if self.recipe is None else overlaid(self.name, None, self.recipe)
 
     def init(self, context: Context) -> Any:
         from assay.train import bank
 
-        recipe = self._recipe(context.recipe)
-        if recipe is None:
-            raise InputError(
-                "datamodel does not know how to train", why="the scoring models come without a recipe",
-                fix="give it one: recipe = {steps = 300, lr = 0.1, optimiser = 'momentum'}",
-            )  # fmt: skip
+        recipe = self._recipe(context.recipe) or overlaid(self.name, None, self.recipe)
         # Rows that contain target items are not trained on; nothing is known of them.
         rows = np.flatnonzero(~np.isin(context.pool.ids, context.barred))
         pool = context.pool if len(rows) == len(context.pool) else context.pool.at(rows)
