@@ -59,12 +59,25 @@ def table(rows: list[Row]) -> str:
     lines = []
     for r in rows:
         interval = "" if r["ci"] is None else f"[{r['ci'][0]:6.3f}, {r['ci'][1]:6.3f}]"
-        options = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in r["options"].items())
+        options = ", ".join(
+            f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.get("options", {}).items()
+        )
         lines.append(
             f"{r['case']:<8} {r['tool']:<18} {r['method']:<24} {r['metric']:<12} {r['value']:7.3f} {interval:<18}"
             f" {r['seconds']:9.2f} s  {options}"
         )
     return "\n".join(lines)
+
+
+def finish(rows: list[Row], failed: list[str], file: Path | None, lines: list[str]) -> None:
+    """Print the table, further lines and the JSON, which is also written to `file`; exit with what failed."""
+    print("\n".join([table(rows), *lines]))
+    text = json.dumps({"rows": rows})
+    if file:
+        file.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if failed:
+        sys.exit("\n".join(["these contestants failed:", *failed]))
 
 
 def main() -> None:
@@ -91,15 +104,7 @@ def main() -> None:
     for case in chosen.cases:
         found, missing = run(case, chosen, libraries)
         rows, failed = rows + found, failed + missing
-    print(table(rows))
-    for line in bars.lines(rows):
-        print(line)
-    text = json.dumps({"rows": rows})
-    if chosen.json:
-        chosen.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    if failed:
-        sys.exit("\n".join(["these contestants failed:", *failed]))
+    finish(rows, failed, chosen.json, list(bars.lines(rows)))
 
 
 if __name__ == "__main__":

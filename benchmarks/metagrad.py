@@ -12,7 +12,6 @@ Banks and models are kept in --cache, and shared with influence.py where a world
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -68,7 +67,7 @@ def main() -> None:
         unknown = set(getattr(chosen, name)) - set(known)
         if unknown:
             parser.error(f"no such {name}: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
-    from benchmarks.influence import table
+    from benchmarks.influence import finish
 
     rows: list[Row] = []
     failed: list[str] = []
@@ -86,13 +85,7 @@ def main() -> None:
         from benchmarks.parts import ordering
 
         rows += ordering.rows(chosen.quick, chosen.threads)
-    print(table([{"options": {}, **r} for r in rows]))
-    text = json.dumps({"rows": rows})
-    if chosen.json:
-        chosen.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    if failed:
-        sys.exit("\n".join(["these contestants failed:", *failed]))
+    finish(rows, failed, chosen.json, [])
 
 
 if __name__ == "__main__":

@@ -271,13 +271,13 @@ class Influence(Scorer):
 
 def of_rank(v: Tensor, like: dict[str, Tensor], rank: int) -> Tensor:
     """Directions `[p, c]`, at each matrix of `like` the nearest ones of this rank; exact where theirs is no higher."""
+    import torch
+
     from assay.numerics.kfac import joined, parted
 
     found = parted(v, like)
     for name, g in found.items():
         if g.dim() > 2 and min(g.shape[1], g[0, 0].numel()) > rank:
-            import torch
-
             u, s, w = torch.linalg.svd(g.flatten(2), full_matrices=False)
             found[name] = ((u[..., :rank] * s[:, None, :rank]) @ w[:, :rank]).view_as(g)
     return joined(found, like)
