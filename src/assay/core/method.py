@@ -27,6 +27,8 @@ Positive = Annotated[float, pydantic.Field(gt=0)]
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 Cost = Literal["none", "text", "forward", "gradient", "retrain"]
+Bounds = Mapping[str, tuple[float | None, float | None]]
+"""Lowest and highest value of a column that stays, by column; None where there is no such end."""
 Targets = Literal["mean", "each"]
 """Scores for the mean over the target's examples, or a column for each of them, named after its id."""
 M = TypeVar("M", bound="Method")
@@ -237,6 +239,11 @@ class Scorer(Method, abstract=True):
     def passes(self) -> float:
         """How many times the work of its cost class one example takes: 2 for two forward passes."""
         return 1.0
+
+    @property
+    def presets(self) -> Mapping[str, Bounds]:
+        """Named bounds on this method's own columns, for use as a filter; the first is what it drops unless told."""
+        return {}
 
     def training_terms(self, pool: float, target: float) -> float:
         """Loss terms that `init` trains on for each scoring model, of a pool and a target of so many terms."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import xxhash
 
 from assay.core.keys import encode_ids
-from assay.core.method import Batch, Context, Scorer
+from assay.core.method import Batch, Bounds, Context, Scorer
 
 
 def normal(text: str) -> str:
@@ -32,6 +33,10 @@ class ExactDup(Scorer):
     column: str = "text"
 
     unit: ClassVar[str] = "minus copies before"
+
+    @property
+    def presets(self) -> Mapping[str, Bounds]:
+        return {"first": {"score": (0.0, None)}}
 
     def _keys(self, values: list[Any]) -> list[bytes]:
         texts = [v if isinstance(v, bytes) else normal(str(v)).encode() for v in values]
