@@ -86,12 +86,16 @@ def run(
     domain_column: Annotated[str | None, typer.Option(help="Column of domains in the pool.")] = None,
     methods: Annotated[str | None, typer.Option(help="Comma-separated: random,bm25,trak.")] = None,
     budget: Annotated[str | None, typer.Option(help="10% | 5Mtok | 20k (examples).")] = None,
+    filters: Annotated[
+        str | None, typer.Option(help="Comma-separated: exact_dup,gopher. What leaves the pool before every arm.")
+    ] = None,
     out: Out = None, sets: Sets = None, json_: Json = False, quiet: Quiet = False, workers: Workers = None,
     replace: Replace = False,
 ) -> None:  # fmt: skip
     """Score a pool, select under a budget, train on every selection, verify, report."""
     flags = {"pool": pool, "target": target, "text": text_column, "ids": id_column, "domain": domain_column}
-    chosen = _chosen(study, flags, sets or [], methods, budget)
+    changes = [] if filters is None else [f"filters={json.dumps(_listed(filters))}"]
+    chosen = _chosen(study, flags, [*(sets or []), *changes], methods, budget)
     _run(chosen, out or Path("runs") / chosen.name, json_, quiet, workers, replace)
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from assay import __version__
+from assay import __version__, filters
 from assay.core.errors import InputError, nearest
-from assay.core.keys import digest, encode_ids, hash_ids, write_json
+from assay.core.keys import canonical, digest, encode_ids, hash_ids, write_json
 from assay.core.method import Method, Scorer, Selector, make
 from assay.core.pool import Pool
 from assay.core.progress import Progress
@@ -62,6 +62,10 @@ class Job:
     measurer: Measurer = field(init=False)
     methods: dict[str, Method] = field(default_factory=dict)
     selectors: dict[str, Selector] = field(default_factory=dict)
+    filters: dict[str, list[filters.Filter]] = field(default_factory=dict)
+    """Of every arm, `everything` included: those of the study, then its own."""
+    sieves: dict[str, filters.Sieve] = field(default_factory=dict)
+    """What they left of the pool, for every arm that has some."""
     orders: dict[str, Any] = field(default_factory=dict)
     """Of the arms that have one: what is trained on is their selection in this order."""
     budget: Budget = field(init=False)
@@ -71,6 +75,11 @@ class Job:
     recipe: Any = None
     judged: dict[str, list[dict[str, np.ndarray]]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def sifters(self) -> list[Scorer]:
+        """The scorers of all filters."""
+        return [one.method for pipeline in self.filters.values() for one in pipeline]
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -219,12 +228,44 @@ def check_contamination(job: Job) -> None:
 
 
 def score(job: Job) -> None:
-    """Every arm's Table of scores over the pool."""
+    """Every arm's Table of scores over the pool; those of filters first, so that what they drop is known early."""
+    for method in job.sifters:
+        job.measurer.path(method, job.pool)
+    _sieves(job)
     for method in job.methods.values():
         job.measurer.path(method, job.pool)
     if job.proxies:
         job.measurer.path(make(Scorer, "loss"), job.pool)
     job.warnings += job.measurer.warnings
+
+
+def _sieves(job: Job) -> None:
+    """What each arm's filters leave; told are those that change the mixture of domains."""
+    made: dict[str, filters.Sieve] = {}
+    for name, pipeline in job.filters.items():
+        key = canonical([one.spec() for one in pipeline])
+        if pipeline and key not in made:
+            made[key] = _sieve(job, pipeline)
+            for sentence in filters.findings(made[key].stages):
+                if sentence not in job.warnings:
+                    job.warn(sentence)
+        if pipeline:
+            job.sieves[name] = made[key]
+
+
+def _sieve(job: Job, pipeline: list[filters.Filter], gated: bool = True) -> filters.Sieve:
+    """What a pipeline leaves of the pool, or would leave if no row contained a target item."""
+    barred = np.isin(job.pool.ids, job.hits.ids) & gated
+    tables = [job.measurer.table(one.method) for one in pipeline]
+    found = filters.sift(pipeline, tables, job.sizes, job.pool.domains(), barred)
+    if not found.left.any():
+        last = next(stage for stage in found.stages if not stage["out"]["rows"])
+        raise InputError(
+            f"the filters leave nothing: {last['name']!r} drops the last {last['in']['rows']} rows", where="filters",
+            why=", ".join(f"{count} x {reason}" for reason, count in last["reasons"].items()),
+            fix="loosen its bounds, or drop it",
+        )  # fmt: skip
+    return found
 
 
 def select(job: Job) -> None:
@@ -233,30 +274,53 @@ def select(job: Job) -> None:
     if job.study.verify.random == 1:
         job.warn("one random arm: no interval can see how lucky its draw was; set verify.random to 3 or more")
     sizes = job.sizes
-    barred = {"contains a target item": job.hits.ids}
+    barred = {filters.GATE: job.hits.ids}
     eligible = ~np.isin(job.pool.ids, job.hits.ids)
     countable = job.task is not None and job.task.countable
     tokens = int(sizes[eligible].sum()) if countable else None
     job.budget = Budget.parse(job.study.budget, examples=int(eligible.sum()), tokens=tokens)
     for name, method in job.methods.items():
-        scores, selector = job.measurer.table(method), job.selectors[name]
+        scores, selector, pipeline = job.measurer.table(method), job.selectors[name], job.filters[name]
 
-        def build(part: Path, _: Ledger, scores: Any = scores, selector: Selector = selector) -> None:
-            for folder, bars in (("free", {}), ("final", barred)):
+        def build(
+            part: Path, _: Ledger, scores: Any = scores, selector: Selector = selector, name: str = name,
+            pipeline: list[filters.Filter] = pipeline,
+        ) -> None:  # fmt: skip
+            free = _sieve(job, pipeline, gated=False).dropped if pipeline else {}
+            final = barred | (job.sieves[name].dropped if pipeline else {})
+            for folder, bars in (("free", free), ("final", final)):
                 selector.select(scores, sizes, job.budget, barred=bars).save(part / folder)
 
         key = {
-            "scores": job.measurer.path(method, job.pool).name, "select": selector.spec(), "code": selector.code(),
+            "scores": _place(job, method), "select": selector.spec(), "code": selector.code(),
             "budget": [job.budget.amount, job.budget.unit], "sizes": job.encodings[job.pool.fingerprint].name,
             "barred": digest([i.decode() for i in job.hits.ids.tolist()]),
+            # Named only where there are some, so that what was made without them is found again.
+            **({"filters": [[f.spec(), _place(job, f.method)] for f in pipeline]} if pipeline else {}),
         }  # fmt: skip
         path = job.run.step("select", key, build, label="select")
         job.free[name], job.selections[name] = Selection.open(path / "free"), Selection.open(path / "final")
+        _warn_unfilled(job, name)
         job.progress.advance()
     if job.study.verify.everything:
+        left = job.sieves["everything"].left if "everything" in job.sieves else eligible
         job.free["everything"] = Selection.everything(job.pool.ids)
-        job.selections["everything"] = Selection.everything(job.pool.ids[eligible])
+        job.selections["everything"] = Selection.everything(job.pool.ids[left])
     job.progress.end()
+
+
+def _place(job: Job, method: Method) -> str:
+    """The step that holds a method's Table over the pool."""
+    return job.measurer.path(method, job.pool).name
+
+
+def _warn_unfilled(job: Job, name: str) -> None:
+    """An arm whose filters leave less than the budget sees its examples more often: that is no equal comparison."""
+    amount, unit = job.budget.amount, job.budget.unit
+    if name in job.sieves:
+        left = job.sieves[name].stages[-1]["out"]["tokens" if unit == "tokens" else "rows"]
+        if left < amount:
+            job.warn(f"the filters of {name} leave {left:,} of the {amount:,} {unit} of the budget: it is not filled")
 
 
 def train_arms(job: Job) -> None:
@@ -324,8 +388,11 @@ def run_study(
                     "{name = 'tuned', inner = ..., grid = ...} by short trainings",
                 )  # fmt: skip
             job.methods[arm.name], job.selectors[arm.name] = make(Scorer, arm.method), make(Selector, arm.select)
+            job.filters[arm.name] = study.pipeline(arm)
             if arm.order is not None:
                 job.orders[arm.name] = arm.order
+        if study.verify.everything:
+            job.filters["everything"] = study.pipeline()
         with Meter() as meter:
             for stage in STAGES:
                 stage(job)

@@ -18,13 +18,13 @@ from assay.core.errors import InputError
 from assay.core.keys import shuffled
 from assay.core.method import Featurizer, Method, Scorer, make
 from assay.core.pool import Pool
-from assay.core.run import resident, tree_rss
+from assay.core.run import Run, resident, tree_rss
 from assay.core.selection import Budget
 from assay.core.target import Target
 from assay.data import gate, readers
 from assay.data.supplied import supplied
 from assay.engine import local
-from assay.measure import PASSES, family, uses_model
+from assay.measure import PASSES, Measurer, family, uses_model
 from assay.study import Study
 from assay.tasks import sketch_task
 from assay.trust import contest
@@ -196,6 +196,7 @@ def estimate(study: Study, pool: Pool, target: Target, rows: int, workers: int, 
     sample = pool.at(np.sort(shuffled(pool.ids, "plan")[:SAMPLE]))
     scale, busy = rows / len(sample), max(1, workers)
     methods = [make(Scorer, arm.method) for arm in study.contestants()]
+    sifters = _sifters(study)
     with tempfile.TemporaryDirectory(prefix="assay-plan-") as folder:
         clock = _Clock()
         gate.contamination(sample, target)
@@ -205,18 +206,21 @@ def estimate(study: Study, pool: Pool, target: Target, rows: int, workers: int, 
         task.prepare(sample, Path(folder))
         encoding += clock.lap() * scale
         encoded = task.encoded(Path(folder))
-        probe = _Probe(task, Path(folder), study.train.recipe, _sketched(methods), study.batch, pace)
+        probe = _Probe(task, Path(folder), study.train.recipe, _sketched([*methods, *sifters]), study.batch, pace)
         measured = list(local.map(_rates, probe, list(range(busy)), workers=workers))
         text = _text_seconds(sample) * scale
+        sifting = {one.name: _sift_seconds(one, sample, target.selecting, rows, Path(folder)) for one in sifters}
         recipe = settled(study).proxy.recipe
         asked = "lds" in study.model_fields_set
         pace_of_bank = bank_pace(task, encoded, sample.ids, recipe, study.lds) if asked else 0.0
     rates = {k: float(np.mean([m[k] for m in measured])) for k in measured[0]}
     base = float(tree_rss()) + (rates["rss"] * busy if workers > 1 else 0.0)
-    draft = _Draft(study, task, methods, target, rows, float(encoded.sizes.mean()) * rows, rates, busy, base, text)
+    every = [*sifters, *methods]
+    draft = _Draft(study, task, every, target, rows, float(encoded.sizes.mean()) * rows, rates, busy, base, text)
     draft.add(Step("gate", gating, base / 2), Step("encode", encoding, base / 2, 2 * draft.terms))
     draft.first()
     draft.proxy()
+    draft.filters(sifting)
     draft.scores()
     draft.training()
     draft.bank(pace_of_bank, sample)
@@ -256,6 +260,35 @@ def _sketched(methods: list[Scorer]) -> Any:
     """The first featurizer of gradients among the methods, or None."""
     known = [f for m in methods for f in family(m) if hasattr(f, "sketch")]
     return known[0] if known else None
+
+
+def _sifters(study: Study) -> list[Scorer]:
+    """The scorers of all filters, each once."""
+    found: list[Scorer] = []
+    for arm in (None, *study.contestants()):
+        found += [one.method for one in study.pipeline(arm) if one.method not in found]
+    return found
+
+
+def _sift_seconds(method: Scorer, sample: Pool, target: Pool, rows: int, folder: Path) -> float | None:
+    """What a filter that reads text takes, from two pieces of the sample: a start and seconds for each row. None for
+    one that needs a model, or that cannot work on a piece."""
+    if method.cost != "text" or method.children():
+        return None
+    spent = []
+    for part in (sample.at(slice(0, max(1, len(sample) // 4))), sample):
+        run = Run.open(folder / f"filter-{method.name}-{len(spent)}", {"plan": method.spec()})
+        clock = _Clock()
+        try:
+            Measurer(run, part, target).table(method)
+        except InputError:
+            return None
+        finally:
+            run.close()
+        spent.append((len(part), clock.lap()))
+    (few, least), (many, most) = spent
+    slope = max(0.0, most - least) / max(1, many - few)
+    return max(0.0, least - slope * few) + slope * rows
 
 
 def _text_seconds(sample: Pool) -> float:
@@ -322,6 +355,12 @@ class _Draft:
 
     def _weights(self) -> int:
         return sum(p.numel() for p in self.task.module.parameters())
+
+    def filters(self, seconds: dict[str, float | None]) -> None:
+        """The filters that were timed; the others are scored as any method is."""
+        for name, one in seconds.items():
+            if one is not None:
+                self.add(Step(f"score: {name}", one, self.base, 8.0 * self.rows))
 
     def scores(self) -> None:
         model = any(uses_model(m) for m in self.methods)

@@ -27,7 +27,7 @@ def train_proxies(job: Job) -> None:
     """The scoring models: the task's model trained on the pool but for contaminated rows, from independent seeds."""
     spec, task = job.study.proxy, job.task
     assert task is not None
-    wanted = any(uses_model(m) for m in job.methods.values())
+    wanted = any(uses_model(m) for m in (*job.methods.values(), *job.sifters))
     trajectories: list[list[Mark]] = []
     recipe = None
     if wanted:

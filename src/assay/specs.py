@@ -223,6 +223,8 @@ class ArmSpec(Spec):
     select: Any = "cut"
     grid: dict[str, tuple[Any, ...]] = {}
     """Options to choose among, for `assay verify`: option -> values."""
+    filters: tuple[Any, ...] = ()
+    """What leaves the pool before this arm's budget is filled, after the filters of the study: see `Study.filters`."""
     order: Any = None
     """When each visit comes, see `ordering`: a name, a table with a name and options, or a list of these, applied one
     after the other. Not given, the trainer shuffles."""

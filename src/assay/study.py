@@ -13,7 +13,7 @@ from typing import Any
 
 import pydantic
 
-from assay import ordering
+from assay import filters, ordering
 from assay.core.errors import InputError, nearest
 from assay.core.method import Count, NonNegative, Scorer, Selector, find, make
 from assay.core.selection import Budget
@@ -48,6 +48,9 @@ class Study(Spec):
     budget: str = "10%"
     methods: tuple[Any, ...] = DEFAULT_METHODS
     arms: tuple[ArmSpec, ...] = ()
+    filters: tuple[Any, ...] = ()
+    """What leaves the pool before any budget is filled, that of the random arms as well; one after the other. Each is a
+    scorer's name, or a table with its options and `preset`, `bounds` or `keep`."""
     verify: VerifySpec = VerifySpec()
     lds: LdsSpec = LdsSpec()
     smooth: SmoothSpec = SmoothSpec()
@@ -109,7 +112,7 @@ class Study(Spec):
         arms: list[ArmSpec] = []
         for spec in (*self.methods, *self.arms):
             arm = spec if isinstance(spec, ArmSpec) else _arm(spec)
-            if arm.method == "random":
+            if arm.method == "random" and not arm.filters:
                 arms += [_random(r + 1, self.seed) for r in range(self.verify.random)]
             else:
                 arms.append(arm)
@@ -127,17 +130,22 @@ class Study(Spec):
                 raise InputError(f"two arms are called {name!r}", fix="give each entry of `arms` its own name")
         return arms
 
+    def pipeline(self, arm: ArmSpec | None = None) -> list[filters.Filter]:
+        """The filters of the study, then those of an arm."""
+        return [filters.parse(one) for one in (*self.filters, *(arm.filters if arm else ()))]
+
     def spec(self) -> dict[str, Any]:
         """Plain JSON, with the options of every method written out."""
-        plain: dict[str, Any] = self.model_dump(mode="json", exclude={"methods", "arms", "lds", "smooth"}) | {
-            "methods": []
-        }
+        left_out = {"methods", "arms", "lds", "smooth", "filters"}
+        plain: dict[str, Any] = self.model_dump(mode="json", exclude=left_out) | {"methods": []}
+        plain |= {"filters": [one.spec() for one in self.pipeline()]} if self.filters else {}
         for recipe in (plain["train"]["recipe"], plain["proxy"]["recipe"], plain["task"]["pretrain"]["recipe"]):
             for decided in ("steps", "seed"):
                 del recipe[decided]
         plain["arms"] = [
             {"name": a.name, "method": make(Scorer, a.method).spec(), "select": make(Selector, a.select).spec()}
             | ({"order": a.order} if a.order is not None else {})
+            | ({"filters": [filters.parse(one).spec() for one in a.filters]} if a.filters else {})
             for a in self.contestants()
         ]
         return plain
@@ -159,11 +167,15 @@ def _arm(spec: Any) -> ArmSpec:
             raise InputError(f"unreadable grid of {name!r}: {grid!r}", where="methods", fix=fix)
         for variant in variants(spec, grid):
             make(Scorer, variant)
-    order = None
-    if isinstance(spec, Mapping) and "order" in spec and "order" not in find(Scorer, name).__dataclass_fields__:
-        spec, order = {k: v for k, v in spec.items() if k != "order"}, spec["order"]
+    own: dict[str, Any] = {}
+    for key in ("order", "filters"):
+        if isinstance(spec, Mapping) and key in spec and key not in find(Scorer, name).__dataclass_fields__:
+            own[key], spec = spec[key], {k: v for k, v in spec.items() if k != key}
     make(Scorer, spec)
-    return ArmSpec(name=name, method=spec, grid={k: tuple(v) for k, v in grid.items()}, order=order)
+    listed = own.pop("filters", ())
+    if not isinstance(listed, list | tuple):
+        raise InputError(f"unreadable filters of {name!r}: {listed!r}", where="methods", fix='filters = ["exact_dup"]')
+    return ArmSpec(name=name, method=spec, grid={k: tuple(v) for k, v in grid.items()}, filters=tuple(listed), **own)
 
 
 def variants(spec: Any, grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -195,6 +207,7 @@ def parse(data: Mapping[str, Any], *, where: str = "study") -> Study:
         try:
             make(Scorer, arm.method)
             make(Selector, arm.select)
+            study.pipeline(arm)
             if arm.order is not None:
                 ordering.parse(arm.order)
         except InputError as error:

@@ -48,6 +48,7 @@ def summarise(job: Job) -> dict[str, Any]:
         "curves": _curves(job),
         "agreement": _agreement(ranked),
         "contamination": _contamination(job),
+        "pipelines": _pipelines(job),
         "checks": _checks(job),
         "files": {a["name"]: f"dataset/{a['name']}" for a in arms if a["verdict"] != "baseline"},
     }  # fmt: skip
@@ -114,7 +115,7 @@ def _arm(job: Job, name: str, found: dict[str, Any], domains: np.ndarray, clean:
     selection, method = job.selections[name], job.methods.get(name)
     rows = positions(job.pool.ids, selection.ids)
     training = job.task.training_flops(job.sizes[rows], job.recipe.steps * job.recipe.terms_per_step)
-    flops, seconds = (0.0, 0.0) if method is None else cost(job, method)
+    flops, seconds = cost(job, *([] if method is None else [method]), *(f.method for f in job.filters[name]))
     baseline = name.startswith("random-") or name == "everything"
     metrics: dict[str, float] = {}
     for metric in job.judged[name][0]:
@@ -254,6 +255,19 @@ def _curves(job: Job) -> dict[str, list[dict[str, Any]]]:
     notes = {name: job.measurer.table(method).meta.get("notes", {}) for name, method in job.methods.items()}
     found = {name: [note["curve"] for note in own.values() if "curve" in note] for name, own in notes.items()}
     return {name: curves for name, curves in found.items() if curves}
+
+
+def _pipelines(job: Job) -> list[dict[str, Any]]:
+    """Each pipeline of filters once, with the arms that it is of and what its stages did."""
+    found: list[dict[str, Any]] = []
+    for name, sieve in job.sieves.items():
+        same = next((entry for entry in found if entry["stages"] is sieve.stages), None)
+        if same is None:
+            specs = [one.spec() for one in job.filters[name]]
+            found.append({"arms": [name], "filters": specs, "stages": sieve.stages})
+        else:
+            same["arms"].append(name)
+    return found
 
 
 def _contamination(job: Job) -> dict[str, Any]:

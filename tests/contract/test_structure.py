@@ -25,7 +25,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ("cli",), ("terminal", "template", "doctor", "plan"), ("report",), ("trust",), ("job", "store"),
     ("summary", "card", "proxies", "tasks"),
-    ("verify",), ("measure",), ("study",), ("specs",), ("features", "scorers", "selectors", "ordering"),
+    ("verify",), ("measure",), ("study",), ("specs",), ("features", "scorers", "selectors", "ordering", "filters"),
     ("train", "data"),
     ("numerics", "engine"), ("core",),
 ]  # fmt: skip
@@ -261,8 +261,8 @@ COMMANDS = {
     "plan": ["STUDY", "--json", "--set", "--workers"],
     "report": ["RUN"],
     "run": [
-        "STUDY", *COMMON, "--budget", "--domain-column", "--id-column", "--methods", "--pool", "--target",
-        "--text-column",
+        "STUDY", *COMMON, "--budget", "--domain-column", "--filters", "--id-column", "--methods", "--pool",
+        "--target", "--text-column",
     ],
     "score": [
         "STORES", "--id-column", "--json", "--methods", "--model", "--out", "--quiet/-q", "--target", "--text-column",

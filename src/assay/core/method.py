@@ -234,6 +234,9 @@ class Scorer(Method, abstract=True):
     cost: ClassVar[Cost] = "text"
     unit: ClassVar[str] = "arbitrary"
     measures_utility: ClassVar[bool] = False
+    group: ClassVar[str] = ""
+    """Of a scorer that finds copies: the column that numbers the groups of copies, negative for a row without any. As
+    a filter it keeps, of each group, the best row that earlier filters left."""
 
     @property
     def passes(self) -> float:

@@ -21,7 +21,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from assay.core.errors import InputError
-from assay.report import curves, figures
+from assay.report import curves, figures, pipelines
 
 FORMAT = 1
 LARGEST = 9_500_000  # bytes of the finished page
@@ -86,6 +86,7 @@ SCHEMA: dict[str, Any] = {
     "curves?": {"*": [curves.SCHEMA]},
     "agreement?": {"arms": [str], "spearman": [list]},
     "contamination?": {"items?": NUMBER, "hits?": NUMBER, "by_half?": dict, "examples?": [dict]},
+    "pipelines?": [pipelines.SCHEMA],
     "ledger?": [{"stage": str}],
     "checks?": [{"name": str}],
     "warnings?": [str],
@@ -202,10 +203,22 @@ def _cautions(result: dict, better: Sequence[dict]) -> list[str]:
             f"Left alone, {_listing(drawn)} would have picked rows that overlap the target (up to {most} times as "
             "often as they occur in the pool); they were barred from every selection."
         )
+    starving = _starved(result)
+    if starving:
+        sentences.append(
+            f"Filters change the mixture of domains: {_join(starving[:3])}{' and more' if starving[3:] else ''}."
+        )
     failed = [item["name"] for item in result.get("checks") or [] if item.get("ok") is False]
     if failed:
         sentences.append(f"{len(failed)} check{'s' if failed[1:] else ''} failed: {_join(failed[:3])}.")
     return sentences
+
+
+def _starved(result: dict) -> list[str]:
+    """Which filter keeps how little of which domain, each once."""
+    stages = [stage for pipeline in result.get("pipelines") or [] for stage in pipeline["stages"][1:]]
+    found = [(stage["name"], one) for stage in stages for one in stage.get("starved") or []]
+    return list(dict.fromkeys(f"{name} keeps {figures.percent(one['kept'])} of {one['domain']}" for name, one in found))
 
 
 def _overlap(arm: dict) -> float:
@@ -401,6 +414,7 @@ def _view(result: dict, limits: Limits) -> dict[str, Any]:
         "composition": figures.composition(result, domains),
         "panels": panels,
         "curves": curves.view(result),
+        "pipelines": pipelines.view(result, domains),
         "data": data,
         "kinds": _keys(arms, "planted"),
         "metrics": _keys(arms, "metrics"),

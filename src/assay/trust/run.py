@@ -54,7 +54,8 @@ def settled(study: Study) -> Study:
 
 def spec(study: Study) -> dict[str, Any]:
     """What a verification is decided by, as JSON; what only `assay run` reads is left out."""
-    plain = {k: v for k, v in study.spec().items() if k not in ("arms", "methods", "budget", "train", "verify")}
+    unread = ("arms", "methods", "budget", "train", "verify", "filters")
+    plain = {k: v for k, v in study.spec().items() if k not in unread}
     listed = [
         {"name": a.name, "grid": {k: list(v) for k, v in a.grid.items()}, "options": make(Scorer, a.method).spec()}
         for a in study.contestants()
@@ -115,6 +116,9 @@ def verify_study(
 
 
 def _prepare(trust: Trust) -> None:
+    study = trust.job.study
+    if study.filters or any(arm.filters for arm in study.contestants()):
+        trust.job.warn("filters are left out: scores are held against retraining on subsets of the pool as it is")
     for stage in (read_pool, check_contamination):
         stage(trust.job)
     trim(trust)
