@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import xxhash
 
+from assay.core.errors import InputError
 from assay.core.keys import encode_ids
 from assay.core.method import Batch, Bounds, Context, Scorer
+from assay.engine import local
+
+SPACE = ord(" ")
+# Lower case and one kind of white space, for the bytes of ASCII; others stay.
+_PLAIN = bytes(SPACE if chr(b).isspace() and b < 128 else ord(chr(b).lower()) if b < 128 else b for b in range(256))
+# Documents that are hashed together (their bytes stay in the cache), that are read together, and those of one item of
+# work; fewer than so many are not worth more processes.
+FEW, ROWS, BLOCK, MANY = 256, 2048, 1 << 16, 1 << 19
 
 
 def normal(text: str) -> str:
@@ -21,16 +30,44 @@ def normal(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-class ExactDup(Scorer):
-    """How many copies of this example stand before it, by id: the first is 0 and stays, later ones are negative.
+def keys(values: Sequence[Any]) -> np.ndarray:
+    """xxh3-128 of `normal` of each text, or of bytes as they are: `[n, 2]` uint64; zeros for what is empty.
 
-    Formula: s_i = -#{j : key_j = key_i, id_j < id_i}, key = xxh3-128 of the text in lower case, white space collapsed
+    ASCII, by far the commonest, is made normal for all texts at once; the others one by one.
+    """
+    texts = {i: _encoded(v) for i, v in enumerate(values) if not isinstance(v, bytes)}
+    joined = np.frombuffer(b"".join(texts.values()).translate(_PLAIN), dtype=np.uint8)
+    ends = np.cumsum([0, *map(len, texts.values())])
+    space = joined == SPACE
+    kept = ~space
+    kept[1:] |= ~space[:-1]  # of white space, what follows something else
+    # What begins a text follows the text before it: there white space goes, whatever that one ended with.
+    begins = ends[:-1][np.diff(ends) > 0]
+    kept[begins] = ~space[begins]
+    raw = joined[kept].tobytes()
+    counts = (ends - np.searchsorted(np.flatnonzero(~kept), ends)).tolist()
+    whole = dict(zip(texts, (raw[a:b].rstrip(b" ") for a, b in zip(counts, counts[1:], strict=False)), strict=True))
+    digests = [xxhash.xxh3_128_digest(d) if d else bytes(16) for d in (whole.get(i, v) for i, v in enumerate(values))]
+    return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
+
+
+def _encoded(value: Any) -> bytes:
+    text = value if isinstance(value, str) else str(value)
+    return text.encode() if text.isascii() else normal(text).encode("utf-8", "surrogatepass")
+
+
+class ExactDup(Scorer):
+    """How many copies of this example stand before it: the first is 0 and stays, later ones are negative.
+
+    Formula: s_i = -#{j : key_j = key_i, j before i}, key = xxh3-128 of the text in lower case, white space collapsed
     Reference: Lee et al. 2022, arXiv:2107.06499
-    Note: the survivor is the lowest id, so files may be read in any order; texts that are empty once normalised are
-        no copies
+    Note: the order is that of ids, so files may be read in any order; or first by a column of numbers, `priority`,
+        whose highest value stays. Texts that are empty once normalised are no copies. Two texts of n have one key by
+        chance with probability n^2 / 2^129
     """
 
     column: str = "text"
+    priority: str = ""
 
     unit: ClassVar[str] = "minus copies before"
 
@@ -38,28 +75,62 @@ class ExactDup(Scorer):
     def presets(self) -> Mapping[str, Bounds]:
         return {"first": {"score": (0.0, None)}}
 
-    def _keys(self, values: list[Any]) -> list[bytes]:
-        texts = [v if isinstance(v, bytes) else normal(str(v)).encode() for v in values]
-        return [xxhash.xxh3_128_digest(t) if t else b"" for t in texts]
-
     def init(self, context: Context) -> Any:
-        keys = [k for shard in context.pool.shards(4096) for k in self._keys(shard.column(self.column))]
-        first: dict[bytes, int] = {}
-        copies: list[tuple[bytes, int]] = []
-        ids = context.pool.ids
-        for position in np.argsort(ids, kind="stable").tolist():
-            key = keys[position]
-            if key:
-                rank = first.get(key, 0)
-                first[key] = rank + 1
-                if rank:
-                    copies.append((bytes(ids[position]), rank))
-        return encode_ids([i for i, _ in copies]), np.array([r for _, r in copies], dtype=np.float64)
+        pool = context.pool
+        workers = context.workers if len(pool) >= MANY else 1
+        blocks = local.map(_block, (self, pool), range(0, len(pool), BLOCK), workers=workers)
+        found = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *blocks])
+        rows = repeated(found)
+        ids = pool.ids[rows]
+        best = -self._priorities(pool, rows)
+        order = np.lexsort((ids, best, found[rows, 0], found[rows, 1]))
+        group = found[rows[order]]
+        fresh = np.ones(len(rows), dtype=bool)
+        fresh[1:] = (group[1:] != group[:-1]).any(axis=1)
+        at = np.arange(len(rows))
+        before = at - np.maximum.accumulate(np.where(fresh, at, 0))
+        copies = np.flatnonzero(before)
+        by_id = copies[np.argsort(ids[order][copies], kind="stable")]
+        return encode_ids(ids[order][by_id].tolist()), before[by_id].astype(np.float64)
+
+    def _priorities(self, pool: Any, rows: np.ndarray) -> np.ndarray:
+        if not self.priority:
+            return np.zeros(len(rows))
+        try:
+            values = np.array(pool.at(rows).column(self.priority), dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.name}: column {self.priority!r} does not hold numbers", why=str(error),
+                fix="name a column of numbers as priority, or none",
+            ) from error  # fmt: skip
+        return np.where(np.isnan(values), -np.inf, values)
 
     def score(self, state: Any, batch: Batch) -> Any:
         ids, ranks = state
         if not len(ids):
             return np.zeros(len(batch.ids))
-        # The copies were found in id order, so their ids are sorted.
         where = np.minimum(np.searchsorted(ids, batch.ids), len(ids) - 1)
         return np.where(ids[where] == batch.ids, -ranks[where], 0.0)
+
+
+def _block(job: tuple[ExactDup, Any], start: int) -> np.ndarray:
+    """Keys of the documents from `start` on, `[b, 2]`."""
+    method, pool = job
+    part = pool.at(slice(start, start + BLOCK))
+    read = (shard.column(method.column) for shard in part.shards(ROWS))
+    return np.concatenate([keys(values[at : at + FEW]) for values in read for at in range(0, len(values), FEW)])
+
+
+def repeated(found: np.ndarray) -> np.ndarray:
+    """Rows, ascending, of `[n, 2]` keys whose key another row has as well; the key of zeros is none."""
+    # By one half first: where it is alone, so is the whole. Two sorted columns of all would take four times the room.
+    order = np.argsort(found[:, 0], kind="stable")
+    half = found[order, 0]
+    same = half[1:] == half[:-1]
+    shared = np.zeros(len(found), dtype=bool)
+    shared[1:] = same
+    shared[:-1] |= same
+    rows = order[shared]
+    rows = rows[found[rows].any(axis=1)]
+    _, which, counts = np.unique(found[rows], axis=0, return_inverse=True, return_counts=True)
+    return np.sort(rows[counts[which.ravel()] > 1])
