@@ -1,6 +1,7 @@
 # make demo            the whole loop on data that comes with Python; DEMO=digits for the other demo
 # make test            the tests that take seconds; make test-slow: the others
 # make lint            style, types, and whether the generated pages are up to date
+# make league          the league's tables on all tracks (see docs/league.md)
 # make bench           the benchmarks; make bench-gradients, bench-core: one of them; make docs: write the generated pages anew
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench docs clean
+.PHONY: demo test test-slow lint league bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/assay demo $(DEMO) $(ARGS)
@@ -26,6 +27,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python docs/generate.py --check
+
+league: $(STAMP)
+	$(BIN)/assay league $(ARGS)
 
 bench: $(STAMP)
 	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file $(ARGS); done

@@ -123,13 +123,17 @@ class Bench:
             "same": Selection.everything(ids[:30].copy()),
         }  # fmt: skip
 
-    def train(self, out: Path, pool: Pool | None = None, **options: Any) -> tuple[Run, dict[str, Any]]:
+    def train(
+        self, out: Path, pool: Pool | None = None, judging: Pool | None = None,
+        encodings: dict[str, Path] | None = None, **options: Any,
+    ) -> tuple[Run, dict[str, Any]]:  # fmt: skip
         run = Run.open(out, {})
         recipe = Recipe(steps=6, terms_per_step=16, lr=0.05, seed=3)
         try:
             return run, paired_training(
-                run, self.task, pool or self.pool, self.encodings, self.judging, self.arms, recipe, seeds=2, **options
-            )
+                run, self.task, pool or self.pool, encodings or self.encodings, judging or self.judging, self.arms,
+                recipe, seeds=2, **options,
+            )  # fmt: skip
         finally:
             run.close()
 
@@ -175,11 +179,28 @@ def test_an_equal_selection_is_trained_once_and_gives_the_same_numbers(bench: Be
 
 def test_a_damaged_job_is_trained_anew(bench: Bench, tmp_path: Path) -> None:
     run, first = bench.train(tmp_path)
-    step = next((run.path / "steps").glob("train-*"))
-    (step / "step.json").unlink()
-    (step / "judged.jsonl").write_text("half a li")
+    for kind in ("train", "judge"):
+        step = next(run.steps.glob(f"{kind}-*"))
+        (step / "step.json").unlink()
+        for file in (*step.glob("*.jsonl"), *step.glob("*.safetensors")):
+            file.write_text("half a li")
     _, second = bench.train(tmp_path)
     assert all((a["loss"] == b["loss"]).all() for arm in first for a, b in zip(first[arm], second[arm], strict=True))
+
+
+def test_another_judging_half_finds_the_trainings_made(bench: Bench, tmp_path: Path) -> None:
+    """What was trained does not depend on what judges it; and the numbers are those of training for it alone."""
+    run, first = bench.train(tmp_path / "both")
+    trained = {p: p.stat().st_mtime_ns for p in run.steps.glob("train-*/checkpoint.safetensors")}
+    other = vector_pool(9, seed=2)
+    prepared(bench.task, other, tmp_path / "encoded")
+    encodings = {**bench.encodings, other.fingerprint: tmp_path / "encoded"}
+    _, second = bench.train(tmp_path / "both", judging=other, encodings=encodings)
+    assert {p: p.stat().st_mtime_ns for p in run.steps.glob("train-*/checkpoint.safetensors")} == trained
+    assert len(list(run.steps.glob("judge-*"))) == 2 * len(trained)
+    _, alone = bench.train(tmp_path / "alone", judging=other, encodings=encodings)
+    assert all((a["loss"] == b["loss"]).all() for arm in alone for a, b in zip(alone[arm], second[arm], strict=True))
+    assert len(second["same"][0]["loss"]) == 9 and len(first["same"][0]["loss"]) == 12
 
 
 def test_costs_are_entered(bench: Bench, tmp_path: Path) -> None:
@@ -192,6 +213,6 @@ def test_costs_are_entered(bench: Bench, tmp_path: Path) -> None:
 
 def test_judged_reads_what_was_written(bench: Bench, tmp_path: Path) -> None:
     run, found = bench.train(tmp_path)
-    folders = sorted((run.path / "steps").glob("train-*"))
+    folders = sorted(run.steps.glob("judge-*"))
     kept = [judged(folder)["loss"].tolist() for folder in folders]
     assert all(seed["loss"].tolist() in kept for arm in found.values() for seed in arm)

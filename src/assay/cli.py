@@ -292,6 +292,47 @@ def init(
 
 
 @app.command()
+def league(
+    tracks: Annotated[
+        list[str] | None, typer.Argument(help="Tracks by name, or TOML files of your own; default: all that come with it.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated: only these enter; the record's other entries stay.")
+    ] = None,
+    data: Annotated[
+        Path, typer.Option(envvar="ASSAY_DATA", help="Folder that has domains/domains.parquet.")
+    ] = Path("../shared/data"),
+    out: Annotated[Path, typer.Option("--out", help="Folder of the records and their page.")] = Path("records"),
+    runs: Annotated[Path, typer.Option(help="Folder of runs and steps; continued if it is there.")] = Path("runs/league"),
+    json_: Json = False, quiet: Quiet = False, workers: Workers = None,
+) -> None:  # fmt: skip
+    """Let methods compete on the same pool, budget, trainer and seeds, and write the records and their page."""
+    from assay import terminal
+    from assay.bench import league as leagues
+    from assay.bench import track as known
+    from assay.report.league import build_league
+    from assay.report.page import build
+
+    command, chosen = shlex.join(["assay", *sys.argv[1:]]), [known.load(name) for name in tracks or known.names()]
+    named = None if methods is None else _listed(methods)
+    with _watched(runs, command, quiet or json_) as bars:
+        found = [
+            leagues.run_track(
+                track, out, runs=runs, data=data, methods=named, workers=workers, progress=bars, command=command,
+                report=build,
+            )
+            for track in chosen
+        ]  # fmt: skip
+    page = build_league(out)
+    if json_:
+        typer.echo(json.dumps({"tracks": {r["track"]["name"]: r["tables"] for r in found}, "page": str(page)}))
+    elif not quiet:
+        for record in found:
+            terminal.show_league(record)
+        typer.echo(f"page: {page}")
+
+
+@app.command()
 def methods(json_: Json = False) -> None:
     """List every method with its formula, source, options and cost."""
     from assay import terminal

@@ -368,8 +368,10 @@ STAGES: tuple[Callable[[Job], None], ...] = (
 def run_study(
     study: Study, out: Path, *, workers: int | None = None, progress: Progress | None = None, replace: bool = False,
     command: str = "", report: Callable[[Path], Path] | None = None, estimate: Callable[[Job], None] | None = None,
+    store: Path | None = None, watch: Callable[[Job, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Do all that a study asks and return its result (also in `result.json`). Finished steps are not done again.
+    """Do all that a study asks and return its result (also in `result.json`). Finished steps are not done again; with
+    a `store` they are kept there, for other studies as well. `watch` sees the finished job before it is published.
 
     Raises `InputError` for bad input. Interrupted at any moment, the same call goes on and ends in the same
     bytes, but for clocks and memory.
@@ -377,7 +379,7 @@ def run_study(
     progress = progress or Progress()
     if study.task.kind == "causal":
         local.warm(*MODELLING)
-    run = Run.open(out, study.spec(), replace=replace, command=command)
+    run = Run.open(out, study.spec(), replace=replace, command=command, store=store)
     job = Job(study, run, workers or local.default_workers(), progress, command)
     try:
         for arm in study.contestants():
@@ -401,6 +403,8 @@ def run_study(
             progress.begin("report", 2, "report")
             result = result_of(job)
             export(job, result)
+            if watch:
+                watch(job, result)
             progress.advance()
         result |= {"wall": meter.wall, "peak_rss": meter.peak, "cpu": meter.cpu}
         run.publish(result)

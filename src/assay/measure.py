@@ -371,12 +371,17 @@ class Measurer:
             "method": method.spec(), "code": [m.code() for m in family(method)], "pool": pool.fingerprint,
             # Features do not look at the target: another target finds them made.
             "target": None if isinstance(method, Featurizer) else self.target.fingerprint,
-            "reference": self.pool.fingerprint, "seed": self.seed, "source": self.source,
+            "reference": self.pool.fingerprint, "seed": self.seed, "source": self._read(method, pool),
             "models": self.key if uses_model(method) else "",
             "batch": self.batch, "shard": self.shard, "area": self.area,
             # Named only where there are some, so that what was made without them is found again.
             **({"withheld": digest_ids(self.withheld)} if choosing and len(self.withheld) else {}),
         }  # fmt: skip
+
+    def _read(self, method: Method, pool: Pool) -> list[str]:
+        """The steps that read what a method sees: features of the pool see nothing of the target's files."""
+        alone = isinstance(method, Featurizer) and pool is self.pool
+        return [name for name in self.source if not (alone and name.startswith("read-target"))]
 
     def _label(self, method: Method, pool: Pool) -> str:
         what = "features" if isinstance(method, Featurizer) else "score"

@@ -235,7 +235,7 @@ def expectation(job: Any) -> dict[str, float]:
     Takes the pool that was read, and about three seconds of measurement.
     """
     trainings = (len(job.methods) + int(job.study.verify.everything)) * job.study.verify.seeds
-    if len(list((job.run.path / "steps").glob("train-*"))) >= trainings:
+    if len(list(job.run.steps.glob("train-*"))) >= trainings:
         return {}  # a finished run that is drawn anew
     job.progress.begin("estimate", 1, "estimate the time")
     made = estimate(job.study, job.pool, job.target, len(job.pool), job.workers, pace=0.4)

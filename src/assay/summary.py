@@ -24,7 +24,7 @@ EXAMPLES, SCATTER, BINS, TEXT = 12, 1200, 30, 1500
 def summarise(job: Job) -> dict[str, Any]:
     """The body of `result.json`; its schema is checked by the report, in `report/page.py`."""
     assert job.task is not None
-    clean = _clean_items(job)
+    clean = clean_items(job)
     losses = {arm: np.stack([seed["loss"][clean] for seed in seeds]) for arm, seeds in job.judged.items()}
     verdicts = verify(losses, level=job.study.verify.level)
     domains = job.pool.domains()
@@ -58,7 +58,7 @@ def _finite(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
-def _clean_items(job: Job) -> np.ndarray:
+def clean_items(job: Job) -> np.ndarray:
     """Judging items that no example of the pool repeats word for word: only these are judged.
 
     Pool examples that contain a target item were kept from the scoring models and barred from every selection already;

@@ -178,6 +178,32 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
     console.print(Text(text, "bold"))
 
 
+def show_league(record: dict[str, Any], console: Console | None = None) -> None:
+    """The tables of a track, the largest gain first."""
+    console = console or Console()
+    for name, found in record["tables"].items():
+        family = found["family"]
+        table = Table(
+            title=Text(f"{record['track']['name']}: {name}"), title_justify="left", box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        for column in ("method", "loss", "gain", f"{found['level']:.0%} CI", "together", "verdict", "best", "cost"):
+            left = column in ("method", "verdict", "best")
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        for row in sorted(found["entries"], key=lambda row: -row["gain"]):
+            both = family["entries"].get(row["name"])
+            verdict, ci = (row["verdict"], None) if both is None else (both["verdict"], both["ci"])
+            mark = "=" if row["name"] in (family["best"], *family["tied"]) else ""
+            cells = [f"{a:+.3f} .. {b:+.3f}" for a, b in (row["ci"], *([ci] if ci else []))]
+            table.add_row(
+                Text(row["name"], "italic" if row["oracle"] else ""), f"{row['judged_loss']:.3f}", f"{row['gain']:+.3f}",
+                cells[0], cells[1] if ci else "", Text(verdict, STYLES[verdict]), mark, f"{row['cost']:.1f}x",
+            )  # fmt: skip
+        console.print(table)
+    text = "together: intervals that hold for all methods of a table at once; =: not told from the best; oracle: knows"
+    console.print(Text(text, "dim"))
+
+
 def show_intent(trust: Any) -> None:
     """What a verification is about to do, on standard error, before it takes time."""
     spec, job = trust.spec, trust.job

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: an arm at one seed, in its own folder."""
+    """One training run: an arm at one seed, in its own folder; and the folder of its judgement."""
 
     arm: str
     seed: int
@@ -34,6 +34,7 @@ class Job:
     rows: np.ndarray
     selection: Selection
     folder: Path
+    verdict: Path
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,24 @@ class Bench:
     judging: Path
 
 
-def train_one(bench: Bench, job: Job) -> dict[str, float]:
-    """Train, evaluate every judging item, and keep both; returns what it cost. Runs in a worker."""
-    from assay.train.loop import evaluate, train
+def train_one(bench: Bench, job: Job) -> dict[str, dict[str, float]]:
+    """Train, unless that was done for another judging half; evaluate every judging item; keep both. Returns what each
+    cost. Runs in a worker."""
+    from assay.train.loop import evaluate, load, train
 
-    with Meter() as meter:
-        encoded = bench.task.encoded(bench.pool)
-        trained = train(bench.task, encoded, job.rows, job.selection, job.recipe, job.folder)
-        found = evaluate(bench.task, trained.params, bench.task.encoded(bench.judging))
+    with Meter() as training:
+        if (job.folder / "step.json").exists():
+            params = load(job.folder / "checkpoint.safetensors").params
+        else:
+            encoded = bench.task.encoded(bench.pool)
+            params = train(bench.task, encoded, job.rows, job.selection, job.recipe, job.folder).params
+    with Meter() as judging:
+        found = evaluate(bench.task, params, bench.task.encoded(bench.judging))
         arrays = "\n".join(
             json.dumps({"metric": name, "values": values.tolist()}) for name, values in sorted(found.items())
         )
-        write_bytes(job.folder / "judged.jsonl", (arrays + "\n").encode())
-    return {"wall": meter.wall, "cpu": meter.cpu}
+        write_bytes(job.verdict / "judged.jsonl", (arrays + "\n").encode())
+    return {what: {"wall": m.wall, "cpu": m.cpu} for what, m in (("train", training), ("judge", judging))}
 
 
 def judged(folder: Path) -> dict[str, np.ndarray]:
@@ -73,41 +79,74 @@ def paired_training(
     """Train every arm at the same `seeds` seeds; returns per-item numbers by arm, a list over seeds.
 
     Pairing: at one seed all arms start from the same weights, and the order of two arms' common examples has one key.
+    What was trained does not depend on what judges it: another target finds the trainings of equal selections made.
     """
     progress = progress or Progress()
     bench = Bench(task, encodings[pool.fingerprint], encodings[judging.fingerprint])
-    folders: dict[tuple[str, int], Path] = {}
-    missing: list[tuple[Job, Path, dict[str, Any]]] = []
+    made: dict[tuple[str, int], _Made] = {}
+    missing: dict[Path, tuple[Job, _Made]] = {}
     for seed in range(seeds):
         for arm, selection in selections.items():
             own = recipe.with_seed(recipe.seed * 1000 + seed)
             key = {
-                "task": task.describe(), "pool": pool.fingerprint, "judging": judging.fingerprint, "recipe": own.spec(),
+                "task": task.describe(), "pool": pool.fingerprint, "recipe": own.spec(),
                 "selection": selection.fingerprint,
             }  # fmt: skip
-            final, part, full = run.place("train", key)
-            folders[arm, seed] = final
-            if not (final / "step.json").exists() and part not in {j.folder for j, _, _ in missing}:
-                part.mkdir(parents=True, exist_ok=True)
+            train = _Place("train", key, *run.place("train", key))
+            judge_key = {"train": train.hash, "judging": judging.fingerprint}
+            judge = _Place("judge", judge_key, *run.place("judge", judge_key))
+            made[arm, seed] = one = _Made(train, judge)
+            if not (train.done and judge.done) and judge.final not in missing:
+                folders = [place.final if place.done else place.part for place in (train, judge)]
+                for folder in folders:
+                    folder.mkdir(parents=True, exist_ok=True)
                 rows = positions(pool.ids, selection.ids)
-                missing.append(
-                    (Job(arm, seed, own, rows, selection, part), final, {"name": "train", "key": key, "hash": full})
-                )
-    _work_off(run, bench, missing, len(folders), workers, progress)
-    names = sorted({folder.name for folder in folders.values()})
+                missing[judge.final] = Job(arm, seed, own, rows, selection, *folders), one
+    _work_off(run, bench, list(missing.values()), len(made), workers, progress)
+    names = sorted({place.final.name for one in made.values() for place in (one.train, one.judge)})
     run.absorb("train arms", names, workers)
-    return {arm: [judged(folders[arm, seed]) for seed in range(seeds)] for arm in selections}
+    return {arm: [judged(made[arm, seed].judge.final) for seed in range(seeds)] for arm in selections}
 
 
-def _work_off(run: Run, bench: Bench, missing: list[Any], total: int, workers: int, progress: Progress) -> None:
+@dataclass(frozen=True)
+class _Place:
+    """A step of the run: what it is, and where it stands when done and while it is made."""
+
+    name: str
+    key: dict[str, Any]
+    final: Path
+    part: Path
+    hash: str
+
+    @property
+    def done(self) -> bool:
+        return (self.final / "step.json").exists()
+
+    def commit(self, run: Run, cost: dict[str, Any]) -> None:
+        run.commit(self.final, self.part, {"name": self.name, "key": self.key, "hash": self.hash}, cost)
+
+
+@dataclass(frozen=True)
+class _Made:
+    train: _Place
+    judge: _Place
+
+
+def _work_off(
+    run: Run, bench: Bench, missing: list[tuple[Job, _Made]], total: int, workers: int, progress: Progress
+) -> None:
     progress.begin("train arms", total)
     progress.advance(total - len(missing))
-    jobs = [job for job, _, _ in missing]
-    for (job, final, about), cost in zip(missing, local.map(train_one, bench, jobs, workers=workers), strict=True):
-        sizes = bench.task.encoded(bench.pool).sizes[job.rows]
-        flops = bench.task.training_flops(sizes, job.recipe.steps * job.recipe.terms_per_step)
-        stage = {"stage": f"train {job.arm} seed {job.seed}", **cost, "flops": flops, "peak_rss": tree_rss()}
-        run.commit(final, job.folder, about, stage)
+    jobs = [job for job, _ in missing]
+    for (job, made), cost in zip(missing, local.map(train_one, bench, jobs, workers=workers), strict=True):
+        if not made.train.done:
+            sizes = bench.task.encoded(bench.pool).sizes[job.rows]
+            flops = bench.task.training_flops(sizes, job.recipe.steps * job.recipe.terms_per_step)
+            stage = {"stage": f"train {job.arm} seed {job.seed}", "flops": flops, "peak_rss": tree_rss()}
+            made.train.commit(run, {**stage, **cost["train"]})
+        if not made.judge.done:
+            stage = {"stage": f"judge {job.arm} seed {job.seed}", "flops": 0.0, "peak_rss": tree_rss()}
+            made.judge.commit(run, {**stage, **cost["judge"]})
         progress.advance()
     progress.end()
 

@@ -23,7 +23,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Imports point right only: from a layer to one below it, or to its own where OWN says so.
 LAYERS = [
-    ("cli",), ("terminal", "template", "doctor", "plan"), ("report",), ("trust",), ("job", "store"),
+    ("cli",), ("terminal", "template", "doctor", "plan"), ("report",), ("bench",), ("trust",), ("job", "store"),
     ("summary", "card", "proxies", "tasks"),
     ("verify",), ("measure",), ("study",), ("specs",), ("features", "scorers", "selectors", "ordering", "filters"),
     ("train", "data"),
@@ -31,7 +31,7 @@ LAYERS = [
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # Packages whose modules may import one another.
-OWN = {"report", "trust", "train", "data", "numerics", "engine", "core"}
+OWN = {"report", "bench", "trust", "train", "data", "numerics", "engine", "core"}
 NUMERICS_MAY = {"assay.core.errors", "assay.core.task"}
 ROOT = "__init__"  # holds the version and lazy names: anybody may import it
 
@@ -115,6 +115,8 @@ def test_imports_point_down() -> None:
         ("job.py", "import assay.cli"),
         ("job.py", "from assay.trust.run import verify_study"),
         ("trust/run.py", "from assay.report.page import build"),
+        ("bench/league.py", "from assay.report.league import build_league"),
+        ("job.py", "from assay.bench.track import Track"),
         ("store.py", "from assay.job import read_pool"),
         ("study.py", "from assay import cli"),
     ],
@@ -257,6 +259,7 @@ COMMANDS = {
         *COMMON, "--context", "--id-column", "--method", "--model", "--part", "--pool", "--text-column",
     ],
     "init": ["POOL", "--out", "--target"],
+    "league": ["TRACKS", "--data", "--json", "--methods", "--out", "--quiet/-q", "--runs", "--workers"],
     "methods": ["--json"],
     "plan": ["STUDY", "--json", "--set", "--workers"],
     "report": ["RUN"],

@@ -351,9 +351,13 @@ def _show(hint: Any) -> str:
 
 def discover(kind: type[M]) -> dict[str, type[M]]:
     """Every method of a kind: one for each file in its package. Dropping in a file is all it takes."""
+    return {name: _load(kind, f"{kind.package}.{name}") for name in listed(kind)}
+
+
+def listed(kind: type[Method]) -> list[str]:
+    """Names of every method of a kind, none of which is imported."""
     package = importlib.import_module(kind.package)
-    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
-    return {name: _load(kind, f"{kind.package}.{name}") for name in sorted(names)}
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
 def _load(kind: type[M], module_name: str) -> type[M]:
@@ -379,8 +383,7 @@ def find(kind: type[M], name: str) -> type[M]:
             return _load(kind, name)
         except ModuleNotFoundError as error:
             raise InputError(f"no module {name!r}", why=str(error), fix="check PYTHONPATH and the spelling") from error
-    package = importlib.import_module(kind.package)
-    names = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    names = listed(kind)
     if name not in names:
         raise InputError(f"unknown {kind.__name__.lower()} {name!r}", fix=nearest(name, names))
     return _load(kind, f"{kind.package}.{name}")

@@ -42,27 +42,39 @@ class Run:
     steps/<name>-<key>/   results; `<name>-<key>.part` while they are made
     result.json       written last, with the report
     DONE              the run is complete
+
+    Runs that share a `store` have their steps there, not below their own directories: what one of them computed, the
+    next one finds.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, store: Path | None = None) -> None:
+        self.path, self.store = path, store
+        self.steps = (store or path) / "steps"
         self.ledger: list[dict[str, Any]] = []
         self.used: list[str] = []
         self._nested: list[dict[str, float]] = []
         # An edit of the trainer, the readers or a library's new version makes stored results stale.
         self._code = [digest_sources(*(PACKAGE / p for p in ("core", "data", "numerics", "train"))), libraries()]
-        self._lock: Any = None
+        self._locks: list[Any] = []
+
+    @property
+    def code(self) -> str:
+        """Hash of the code and of the libraries' versions that stored results depend on."""
+        return digest(self._code)
 
     @classmethod
-    def open(cls, path: Path, study: dict[str, Any], *, replace: bool = False, command: str = "") -> Run:
+    def open(
+        cls, path: Path, study: dict[str, Any], *, replace: bool = False, command: str = "", store: Path | None = None
+    ) -> Run:
         """Create the directory, or continue the run of the same study in it.
 
         Raises `InputError` when it holds another study (both sides of each difference are printed), another format,
         something that is no run, or cannot be written.
         """
-        run = cls(path)
+        run = cls(path, store)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            for folder in (path, *((store,) if store else ())):
+                folder.mkdir(parents=True, exist_ok=True)
             (path / ".probe").write_text("")
             (path / ".probe").unlink()
         except OSError as error:
@@ -72,7 +84,8 @@ class Run:
                 why=f"{blocked} is a file" if blocked else error.strerror or str(error), fix="choose another --out",
             ) from error  # fmt: skip
         try:
-            run._acquire()
+            for folder in (path, *((store,) if store else ())):
+                run._acquire(folder)
             run._begin(study, replace)
             if command:
                 write_json(path / "command.json", {"command": command, "folder": os.getcwd()})
@@ -99,24 +112,23 @@ class Run:
         (self.path / "DONE").unlink(missing_ok=True)
         write_json(known, {"format": FORMAT, "study": study})
         write_json(self.path / "environment.json", environment())
-        (self.path / "steps").mkdir(exist_ok=True)
+        self.steps.mkdir(exist_ok=True)
 
-    def _acquire(self) -> None:
+    def _acquire(self, folder: Path) -> None:
         """One process at a time works in a directory; the lock falls with the process, however it ends."""
         import fcntl
 
-        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
+        self._locks.append(open(folder / ".lock", "a+"))  # noqa: SIM115 - held for the life of the run
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
-                "another process is working in this run", where=self.path, fix="wait for it, or choose another --out"
+                "another process is working in this run", where=folder, fix="wait for it, or choose another --out"
             ) from error
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        while self._locks:
+            self._locks.pop().close()
 
     def _compare(self, known: Path, study: dict[str, Any], replace: bool) -> None:
         try:
@@ -135,7 +147,7 @@ class Run:
                 where=self.path, fix="choose another --out, or use the version of assay named in environment.json",
             )  # fmt: skip
         changes = differences(before, json.loads(json.dumps(study)))
-        kept = any((self.path / "steps").glob("*/step.json"))  # a run that failed before its first step loses nothing
+        kept = any(self.steps.glob("*/step.json"))  # a run that failed before its first step loses nothing
         if changes and kept and not replace:
             raise InputError(
                 "the directory holds the run of another study",
@@ -174,7 +186,7 @@ class Run:
     def place(self, name: str, key: Any) -> tuple[Path, Path, str]:
         """Where a step's result stands when done, where it is made, and the full hash of its key."""
         full = digest(name, key, self._code)
-        final = self.path / "steps" / f"{name}-{full[:16]}"
+        final = self.steps / f"{name}-{full[:16]}"
         return final, final.with_name(final.name + ".part"), full
 
     def commit(self, final: Path, part: Path, about: dict[str, Any], cost: dict[str, Any]) -> None:
@@ -202,7 +214,7 @@ class Run:
 
     def cost(self, name: str) -> dict[str, Any]:
         """What a finished step cost: stage, wall and cpu seconds, flops, peak_rss in bytes."""
-        step = self.path / "steps" / name
+        step = self.steps / name
         try:
             found = json.loads((step / "cost.json").read_text(encoding="utf-8"))
             assert isinstance(found, dict)
@@ -222,10 +234,11 @@ class Run:
         (self.path / "DONE").write_text("")
 
     def clean(self) -> int:
-        """Remove steps that the finished study does not use: leftovers of kills and of replaced studies."""
+        """Remove steps that the finished study does not use: leftovers of kills and of replaced studies. Those of a
+        shared store stay, for another run may use them."""
         for left in self.path.glob(".*.tmp"):
             left.unlink()
-        stale = [p for p in (self.path / "steps").iterdir() if p.name not in self.used]
+        stale = [] if self.store else [p for p in self.steps.iterdir() if p.name not in self.used]
         for path in stale:
             shutil.rmtree(path, ignore_errors=True)
         return len(stale)
