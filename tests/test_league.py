@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import time
+import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,27 @@ from assay.verify import compare
 
 pytestmark = pytest.mark.xdist_group("league")  # one process makes the league that all compare with
 METHODS = "bm25,loss,graddot"
+TOML = tomllib.loads(small_track.TRACK.format(steps=20))
 
 # A change of one of these is another contest: give it another name.
-FROZEN = {"clean-domain": "", "mixture": "", "noisy-domain": ""}
+FROZEN = {
+    "clean-domain": "6caa8ce686cf07eefc95d3a911ee74af",
+    "mixture": "7f5922c386a23202330961c1014d2a75",
+    "noisy-domain": "6b9ec9f153b1987cb51ff331cbf88cb1",
+}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[track.Track, Path, Path]:
+def documents() -> Iterator[Any]:
+    """The text of Python, read once."""
+    found, patch = track._documents(track.Track(**TOML), Path()), pytest.MonkeyPatch()
+    patch.setattr(track, "_documents", lambda _, path: found)
+    yield found
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def tiny(documents: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[track.Track, Path, Path]:
     """The track, its file, and a folder whose `pools` has its files."""
     folder = tmp_path_factory.mktemp("tiny")
     file = small_track.write_track(folder)

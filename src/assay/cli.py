@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shlex
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from assay import __version__
-from assay.core.errors import InputError, nearest
+from assay.core.errors import InputError, nearest, os_error
 
 app = typer.Typer(
     help="Build training sets by measuring what each example teaches the model.",
@@ -294,7 +293,7 @@ def init(
 @app.command()
 def league(
     tracks: Annotated[
-        list[str] | None, typer.Argument(help="Tracks by name, or TOML files of your own; default: all that come with it.")
+        list[str] | None, typer.Argument(help="Tracks by name, or TOML files of your own; default: all there are.")
     ] = None,
     methods: Annotated[
         str | None, typer.Option(help="Comma-separated: only these enter; the record's other entries stay.")
@@ -303,7 +302,9 @@ def league(
         Path, typer.Option(envvar="ASSAY_DATA", help="Folder that has domains/domains.parquet.")
     ] = Path("../shared/data"),
     out: Annotated[Path, typer.Option("--out", help="Folder of the records and their page.")] = Path("records"),
-    runs: Annotated[Path, typer.Option(help="Folder of runs and steps; continued if it is there.")] = Path("runs/league"),
+    runs: Annotated[
+        Path, typer.Option(help="Folder of runs and steps; continued if it is there.")
+    ] = Path("runs/league"),
     json_: Json = False, quiet: Quiet = False, workers: Workers = None,
 ) -> None:  # fmt: skip
     """Let methods compete on the same pool, budget, trainer and seeds, and write the records and their page."""
@@ -402,7 +403,7 @@ def _watched(out: Path, command: str, silent: bool) -> Iterator[Any]:
         typer.echo(f"\ninterrupted: finished work is kept in {out}; to go on, run again:\n  {command}", err=True)
         raise typer.Exit(130) from None
     except OSError as error:
-        raise _os_error(error, out) from error
+        raise os_error(error, out) from error
     finally:
         if isinstance(bars, terminal.Bars):
             bars.close()
@@ -423,22 +424,8 @@ def _run(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, r
             estimate=estimate,
         )  # fmt: skip
     if json_:
-        brief = {
-            k: result[k]
-            for k in (
-                "name",
-                "target",
-                "budget",
-                "training",
-                "arms",
-                "nulls",
-                "recommended",
-                "contamination",
-                "warnings",
-                "wall",
-                "peak_rss",
-            )
-        }
+        kept = "name target budget training arms nulls recommended contamination warnings wall peak_rss".split()
+        brief = {k: result[k] for k in kept}
         typer.echo(json.dumps({**brief, "run": str(out), "report": str(out / "report.html")}))
     elif not quiet:
         terminal.show_result(result)
@@ -472,22 +459,6 @@ def _verify(
         typer.echo(f"report:   {out / 'report.html'}")
 
 
-def _os_error(error: OSError, out: Path | None = None) -> InputError:
-    """Failures of the machine in the users' words."""
-    where, why = error.filename or out or "", error.strerror or str(error)
-    kept, other = "; finished steps are kept" if out else "", "choose another --out" if out else "choose another place"
-    # numpy writes "N requested and M written" without a number of the error.
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in str(error):
-        return InputError("the disk is full", where=where, why=why, fix=f"free space or {other}{kept}")
-    if error.errno == errno.EFBIG:
-        return InputError("a file may not grow that large", where=where, why=why, fix="raise `ulimit -f`" + kept)
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return InputError("too many open files", where=where, why=why, fix="raise `ulimit -n`" + kept)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return InputError("no permission", where=where, why=why, fix=f"change the permissions or {other}{kept}")
-    return InputError("the system refused", where=where, why=why, fix=f"mend the cause and run the command again{kept}")
-
-
 def terminal_safe(text: str) -> str:
     """Control characters of file contents made visible, so that they cannot drive the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
@@ -504,7 +475,7 @@ def main() -> None:
         typer.echo(f"error: {terminal_safe(str(error))}", err=True)
         sys.exit(2)
     except OSError as error:
-        typer.echo(f"error: {_os_error(error)}", err=True)
+        typer.echo(f"error: {os_error(error)}", err=True)
         sys.exit(2)
 
 

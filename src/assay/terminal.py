@@ -196,8 +196,9 @@ def show_league(record: dict[str, Any], console: Console | None = None) -> None:
             mark = "=" if row["name"] in (family["best"], *family["tied"]) else ""
             cells = [f"{a:+.3f} .. {b:+.3f}" for a, b in (row["ci"], *([ci] if ci else []))]
             table.add_row(
-                Text(row["name"], "italic" if row["oracle"] else ""), f"{row['judged_loss']:.3f}", f"{row['gain']:+.3f}",
-                cells[0], cells[1] if ci else "", Text(verdict, STYLES[verdict]), mark, f"{row['cost']:.1f}x",
+                Text(row["name"], "italic" if row["oracle"] else ""), f"{row['judged_loss']:.3f}",
+                f"{row['gain']:+.3f}", cells[0], cells[1] if ci else "", Text(verdict, STYLES[verdict]), mark,
+                f"{row['cost']:.1f}x",
             )  # fmt: skip
         console.print(table)
     text = "together: intervals that hold for all methods of a table at once; =: not told from the best; oracle: knows"

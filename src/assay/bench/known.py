@@ -34,8 +34,9 @@ class Known(Scorer):
         pool = context.pool
         if SOUND not in pool.columns:
             raise InputError(
-                "the oracle has nothing to read", where=self.name, why=f"the pool has no column {SOUND!r}: its truth is "
-                "not known", fix="leave it out: it is the row of a track's pool, and no method",
+                "the oracle has nothing to read", where=self.name,
+                why=f"the pool has no column {SOUND!r}: its truth is not known",
+                fix="leave it out: it is the row of a track's pool, and no method",
             )  # fmt: skip
         sound = np.array(pool.column(SOUND), dtype=bool)
         domains, sizes = pool.domains(), context.encoded(pool).sizes

@@ -82,9 +82,13 @@ def run_track(
     before = held["tables"] if same else {}
     for table, study in tracks.studies(track, folder, _entering(before, methods)):
         seen: list[dict[str, Any]] = []
+
+        def watch(job: Job, result: dict[str, Any], table: str = table, seen: list[Any] = seen) -> None:
+            seen.append(_table(track, table, job, result))
+
         run_study(
             study, runs / study.name, workers=workers, progress=progress, replace=True, command=command, report=report,
-            store=runs, watch=lambda job, result, seen=seen, table=table: seen.append(_table(track, table, job, result)),
+            store=runs, watch=watch,
         )  # fmt: skip
         record["tables"][table] = _merged(before.get(table), seen[0], strict=methods is not None, where=file)
         out.mkdir(parents=True, exist_ok=True)
@@ -189,8 +193,8 @@ def _equal_anchors(old: dict[str, Any], new: dict[str, Any]) -> bool:
 def margins(
     table: Mapping[str, Any], rows: list[dict[str, Any]], than: dict[str, Any] | None = None
 ) -> list[np.ndarray]:
-    """Gains of rows, averaged down to each of the crossed factors, `[n, k]`: over the random draws (draws, seeds, items),
-    or over another row (seeds, items)."""
+    """Gains of rows, averaged down to each of the crossed factors, `[n, k]`: over the random draws (draws, seeds,
+    items), or over another row (seeds, items)."""
     base = [than] if than is not None else table["random"]
     seeds = {id(r): np.array(r["by_seed"]) for r in [*base, *rows]}
     items = {id(r): np.array(r["by_item"].split(), dtype=float) for r in [*base, *rows]}

@@ -17,7 +17,7 @@ import pydantic
 
 from assay.bench.known import SOUND
 from assay.core.errors import InputError, nearest
-from assay.core.keys import digest, digest_file, digest_sources, encode_ids, shuffled, write_json
+from assay.core.keys import decode_ids, digest, digest_file, digest_sources, encode_ids, shuffled, write_json
 from assay.core.method import Count
 from assay.core.pool import Pool
 from assay.core.target import Target
@@ -132,13 +132,13 @@ def _drawn(
     track: Track, ids: np.ndarray, texts: list[str], domains: np.ndarray
 ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
     """Rows of the pool, and held rows by domain; every choice is keyed by the document's id."""
-    order = shuffled(ids, "track", track.seed)
+    order, names = shuffled(ids, "track", track.seed), decode_ids(ids)
     held: dict[str, list[dict[str, Any]]] = {}
     candidates: dict[str, np.ndarray] = {}
     for domain in sorted(set(domains.tolist())):
         own = order[domains[order] == domain]
         aside, wanted = track.held.get(domain, 0), track.more.get(domain, track.rows)
-        held[domain] = [{"id": ids[k].decode(), "text": texts[k], PART: domain} for k in own[:aside].tolist()]
+        held[domain] = [{"id": names[k], "text": texts[k], PART: domain} for k in own[:aside].tolist()]
         candidates[domain] = own[aside : aside + int(SLACK * wanted) + 10]
     unknown = sorted((track.held.keys() | track.more.keys() | track.shuffled.keys()) - candidates.keys())
     if unknown:
@@ -154,9 +154,9 @@ def _drawn(
                 fix="ask for fewer, or give more documents",
             )  # fmt: skip
         for place, k in enumerate(chosen):
-            rows.append({"id": ids[k].decode(), "text": texts[k], "domain": domain, SOUND: True})
+            rows.append({"id": names[k], "text": texts[k], "domain": domain, SOUND: True})
             if place < track.shuffled.get(domain, 0):
-                copy = plant.opaque(track.seed, "shuffled", ids[k].decode())
+                copy = plant.opaque(track.seed, "shuffled", names[k])
                 text = plant.word_shuffle(texts[k], track.seed)
                 rows.append({"id": copy, "text": text, "domain": domain, SOUND: False})
     return sorted(rows, key=lambda row: plant.key(track.seed, "order", row["id"])), held

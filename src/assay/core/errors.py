@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -46,3 +48,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     listing = ", ".join(names) if names else "nothing"
     return f"did you mean '{close[0]}'? (known: {listing})" if close else f"known: {listing}"
+
+
+def os_error(error: OSError, out: Path | None = None) -> InputError:
+    """Failures of the machine in the users' words."""
+    where, why = error.filename or out or "", error.strerror or str(error)
+    kept, other = "; finished steps are kept" if out else "", "choose another --out" if out else "choose another place"
+    # numpy writes "N requested and M written" without a number of the error.
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "requested and" in str(error):
+        return InputError("the disk is full", where=where, why=why, fix=f"free space or {other}{kept}")
+    if error.errno == errno.EFBIG:
+        return InputError("a file may not grow that large", where=where, why=why, fix="raise `ulimit -f`" + kept)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return InputError("too many open files", where=where, why=why, fix="raise `ulimit -n`" + kept)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return InputError("no permission", where=where, why=why, fix=f"change the permissions or {other}{kept}")
+    return InputError("the system refused", where=where, why=why, fix=f"mend the cause and run the command again{kept}")

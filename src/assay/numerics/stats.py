@@ -117,9 +117,9 @@ def family_intervals(
     `margins` has for each crossed factor the means along it, `[n, k]`, a column for each of the k contestants: column
     means are the same in all. Each interval is mean +- t(1 - a/2; df_k) se_k with the standard error and degrees of
     freedom of `crossed_interval`, at one level 1 - a for all; a is the quantile 1 - level of the least p-value of k
-    true nulls (single-step minP, the max-t method for unequal degrees of freedom). Its distribution is simulated: levels
-    of each factor are drawn normal with the covariance that the contestants show along it, so what they share (the
-    baseline's draws, hard items) is not paid for k times. a is at most 1 - level. Returns (means, low, high, a).
+    true nulls (single-step minP, the max-t method for unequal degrees of freedom). Its distribution is simulated:
+    levels of each factor are drawn normal with the covariance that the contestants show along it, so what they share
+    (the baseline's draws, hard items) is not paid for k times. a is at most 1 - level. Returns (means, low, high, a).
 
     Source: Westfall & Young 1993, ch. 2; Dudoit & van der Laan 2008, ch. 3.
 

@@ -12,19 +12,19 @@ from assay.core.keys import write_text
 from assay.report.figures import fixed
 
 COLOURS = {"better": "#0b7a53", "worse": "#b3372f", "unresolved": "#8a6d00", "oracle": "#1d4ed8", "zero": "#9ca3af"}
-NAME, COLUMN, GAP, ROW, TOP, BOTTOM = 140, 190, 18, 19, 92, 34
+NAME, COLUMN, GAP, ROW, TOP, BOTTOM = 140, 190, 18, 19, 108, 16
 HEAD = """# League
 
 <!-- Written by `assay league` from the records beside it: run it again, do not edit. -->
 
-Every method meets the same pool, target, budget, trainer and seeds ([how](../docs/league.md)); each arm of a table is a
-fresh model for each seed, trained on what the method chose, and judged on target documents that no method saw. **Gain** is
-what the method takes off the judged loss of random selections (nats per token, paired by seed), with a 95% interval over
-random draws, seeds and judged documents. **Together**: the interval that holds for all contestants of the table at once
-(minP), for among many one is lucky; its verdict is the one to quote. **Best**: `=` marks those whose gain cannot be told
-from the largest one's, by intervals that hold together. **Own**: share of the chosen tokens that are sound documents of
-the target's domains. **Cost**: work of scoring, in trainings of one arm; 0 where only words are read. The *oracle* reads
-the truth of the pool and is no method.
+Every method meets the same pool, target, budget, trainer and seeds ([how](../docs/league.md)); each arm of a table is
+a fresh model for each seed, trained on what the method chose, and judged on target documents that no method saw.
+**Gain** is what the method takes off the judged loss of random selections (nats per token, paired by seed), with a 95%
+interval over random draws, seeds and judged documents. **Together**: the interval that holds for all contestants of the
+table at once (minP), for among many one is lucky; its verdict is the one to quote. **Best**: `=` marks those whose gain
+cannot be told from the largest one's, by intervals that hold together. **Own**: share of the chosen tokens that are
+sound documents of the target's domains. **Cost**: work of scoring, in trainings of one arm; 0 where only words are
+read. The *oracle* reads the truth of the pool and is no method.
 """
 
 
@@ -130,9 +130,10 @@ def draw(records: list[dict[str, Any]]) -> str:
         ' font-size="12">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         '<text x="12" y="24" font-size="16" font-weight="600">Gain over random selection</text>',
-        '<text x="12" y="44" fill="#4b5563">Nats per token taken off the judged loss; thick: 95% interval, thin: the one'
-        " that holds for all contestants together. Green better, red worse, amber unresolved (together), blue the oracle."
-        "</text>",
+        '<text x="12" y="44" fill="#4b5563">Nats per token taken off the judged loss; thick: 95% interval, thin: the'
+        " one that holds for all contestants together.</text>",
+        '<text x="12" y="60" fill="#4b5563">Green better, red worse, amber unresolved (together); blue the oracle; the'
+        " large dot has the largest gain.</text>",
     ]
     for place, name in enumerate(names):
         y = TOP + ROW * place
@@ -165,15 +166,15 @@ def _column(table: dict[str, Any], names: list[str], title: str, left: float) ->
         return left + COLUMN * (min(max(value, low), top) - low) / (top - low)
 
     bottom = TOP + ROW * len(names)
-    parts = [
-        f'<text x="{left + COLUMN / 2:.1f}" y="{TOP - 24}" text-anchor="middle" font-weight="600">{escape(title)}</text>'
-    ]
+    middle = f'x="{left + COLUMN / 2:.1f}" y="{TOP - 24}" text-anchor="middle"'
+    parts = [f'<text {middle} font-weight="600">{escape(title)}</text>']
     step = next((s for s in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if (top - low) / s <= 5), 5.0)
     for k in range(int(low / step), int(top / step) + 1):
         at, dash = x(k * step), "" if k == 0 else ' stroke-dasharray="2 3"'
         parts.append(
             f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{bottom}" stroke="{COLOURS["zero"]}"{dash}/>'
-            f'<text x="{at:.1f}" y="{TOP - 8}" text-anchor="middle" fill="#4b5563" font-size="11">{fixed(k * step, 2)}</text>'
+            f'<text x="{at:.1f}" y="{TOP - 8}" text-anchor="middle" fill="#4b5563" font-size="11">'
+            f"{fixed(k * step, 2)}</text>"
         )
     for place, name in enumerate(names):
         if name in entries:
