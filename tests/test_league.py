@@ -172,7 +172,9 @@ def test_entries_of_methods_that_are_not_there_are_left_out() -> None:
     assert league.present({"name": "a", "method": {"name": "mylab.rarity"}})
     assert not league.present({"name": "a", "method": {"name": "no_such_method"}})
     assert not league.present({"name": "a", "method": {"name": "tuned", "inner": {"name": "no_such_method"}}})
-    assert not league.present({"name": "a", "method": {"name": "bm25"}, "filters": [{"name": "no_such_filter"}]})
+    assert not league.present({"name": "a", "method": {"name": "bm25"}, "filters": ["no_such_filter"]})
+    assert not league.present({"name": "a", "method": "bm25", "filters": [{"method": {"name": "no_such_filter"}}]})
+    assert league.present({"name": "a", "method": "bm25", "filters": ["exact_dup"], "select": "cut"})
     names = [arm["name"] for arm in league.default_entries()]
     assert len(names) == len(set(names)) and {"length", "loss", "bm25", "trak", "less", "response"} <= set(names)
 

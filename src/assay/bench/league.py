@@ -43,19 +43,18 @@ def _arm(entry: Any) -> dict[str, Any]:
 def present(arm: Mapping[str, Any]) -> bool:
     """Whether all methods that an arm names are there; those of other packages are taken at their word."""
     known = {name for kind in KINDS.values() for name in listed(kind)}
-    return all("." in name or name in known for name in _named({k: v for k, v in arm.items() if k != "name"}))
+    parts = [arm["method"], arm.get("select", "cut"), *arm.get("filters", ())]
+    return all("." in name or name in known for part in parts for name in _named(part))
 
 
 def _named(value: Any) -> Iterator[str]:
-    """The names of methods in nested tables."""
-    if isinstance(value, Mapping):
+    """The names of a method, and of those in its nested tables."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
         if isinstance(value.get("name"), str):
             yield value["name"]
-        for inner in value.values():
-            yield from _named(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _named(inner)
+        yield from (name for inner in value.values() if isinstance(inner, Mapping) for name in _named(inner))
 
 
 def run_track(
