@@ -275,3 +275,24 @@ def test_no_filters_leave_a_study_as_it_was(made: Path, tmp_path: Path) -> None:
     key = json.loads(next((tmp_path / "run" / "steps").glob("select-*/step.json")).read_text())["key"]
     assert sorted(key) == ["barred", "budget", "code", "scores", "select", "sizes"]
     assert np.isfinite(result["arms"][0]["judged_loss"])
+
+
+def test_a_run_is_exported_and_its_verdicts_are_filters(
+    done: tuple[Any, dict[str, Any], Path], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an arm kept, as another program would list it, is a filter of another study: random is then from it."""
+    from assay import cli
+
+    call: Callable[..., Any] = lambda *words: cli.app(["export", str(done[2]), *words], standalone_mode=False)  # noqa: E731
+    call("--arm", "bm25", "--to", "curator", "--out", str(tmp_path / "ids"))
+    assert capsys.readouterr().out.strip() == str(tmp_path / "ids" / "part.0.parquet")
+    listed = {"name": "verdict", "path": str(tmp_path / "ids"), "format": "curator"}
+    result = run_study(study(made, filters=[listed], methods=["random"], budget="5%"), tmp_path / "run", workers=1)
+    assert set(_kept(tmp_path / "run", "random-1")) <= set(_kept(done[2], "bm25"))
+    assert any("verdict: joined" in check["name"] for check in result["checks"])
+    with pytest.raises(InputError, match="did you mean 'bm25'"):
+        call("--arm", "bm52", "--to", "ids")
+    with pytest.raises(InputError, match="no finished run"):
+        cli.app(["export", str(made), "--arm", "x", "--to", "ids"], standalone_mode=False)
+    with pytest.raises(InputError, match="recommends no arm"):
+        cli.app(["export", str(made), "--to", "ids"], standalone_mode=False)

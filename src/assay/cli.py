@@ -334,6 +334,22 @@ def league(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The directory of a finished `assay run`.")],
+    to: Annotated[str, typer.Option("--to", help="datatrove | dolma | curator | datacomp | ids")],
+    arm: Annotated[str | None, typer.Option(help="Whose selection; default: the recommended arm.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: export/ in the run.")] = None,
+) -> None:
+    """Write what an arm selected in the form of another program; the scorer `verdict` reads all of them."""
+    from assay import ship
+
+    name = arm or ship.recommended(run)
+    pool, selection = ship.opened(run, name)
+    for file in ship.write(to, out or run / "export" / f"{name}-{to}", pool, selection, name):
+        typer.echo(str(file))
+
+
+@app.command()
 def methods(json_: Json = False) -> None:
     """List every method with its formula, source, options and cost."""
     from assay import terminal

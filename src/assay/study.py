@@ -15,7 +15,7 @@ import pydantic
 
 from assay import filters, ordering
 from assay.core.errors import InputError, nearest
-from assay.core.method import Count, NonNegative, Scorer, Selector, find, make
+from assay.core.method import Count, NonNegative, Scorer, Selector, find, make, placed
 from assay.core.selection import Budget
 from assay.specs import (
     ArmSpec,
@@ -440,7 +440,21 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
             value = task.get(key)
             if isinstance(value, str) and (key == "config" or (path.parent / value).is_dir()):
                 task[key] = _relative(value, path.parent)
-    return parse(override(data, overrides), where=str(path))
+    return parse(override(_placed(data, path.parent), overrides), where=str(path))
+
+
+def _placed(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """With files that options of methods name relative to the study's folder."""
+
+    def moved(spec: Any) -> Any:
+        if not isinstance(spec, Mapping):
+            return spec
+        held = {k: moved(v) if k == "method" else v for k, v in spec.items()}
+        held |= {"filters": [moved(one) for one in spec["filters"]]} if isinstance(spec.get("filters"), list) else {}
+        return placed(Scorer, held, lambda value: _relative(value, folder))
+
+    lists = [key for key in ("methods", "arms", "filters") if isinstance(data.get(key), list)]
+    return data | {key: [moved(one) for one in data[key]] for key in lists}
 
 
 def _relative(value: Any, folder: Path) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from assay.core.keys import canonical
 from assay.core.method import Scorer, make
 from assay.core.pool import positions
 from assay.measure import closure, uses_model
@@ -282,6 +283,9 @@ def _contamination(job: Job) -> dict[str, Any]:
 def _checks(job: Job) -> list[dict[str, Any]]:
     """Invariants of every run, said aloud."""
     checks = []
+    for method in {canonical(m.spec()): m for m in job.sifters}.values():
+        for what, note in job.measurer.table(method).meta.get("notes", {}).items():
+            checks.append({"name": f"filter {method.name}: {what}", "ok": True, "detail": note["detail"]})
     for name in job.methods:
         table = job.measurer.table(job.methods[name])
         ok = len(table) == len(job.pool) and bool((table.ids == job.pool.ids).all())

@@ -24,7 +24,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Imports point right only: from a layer to one below it, or to its own where OWN says so.
 LAYERS = [
     ("cli",), ("terminal", "template", "doctor", "plan"), ("report",), ("bench",), ("trust",), ("job", "store"),
-    ("summary", "card", "proxies", "tasks"),
+    ("summary", "card", "proxies", "tasks", "ship"),
     ("verify",), ("measure",), ("study",), ("specs",), ("features", "scorers", "selectors", "ordering", "filters"),
     ("train", "data"),
     ("numerics", "engine"), ("core",),
@@ -255,6 +255,7 @@ COMMON = ["--json", "--out", "--quiet/-q", "--replace", "--set", "--workers"]
 COMMANDS = {
     "demo": ["NAME", *COMMON, "--quick", "--target"],
     "doctor": ["--json"],
+    "export": ["RUN", "--arm", "--out", "--to"],
     "featurize": [
         *COMMON, "--context", "--id-column", "--method", "--model", "--part", "--pool", "--text-column",
     ],

@@ -29,6 +29,8 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 Cost = Literal["none", "text", "forward", "gradient", "retrain"]
 Bounds = Mapping[str, tuple[float | None, float | None]]
 """Lowest and highest value of a column that stays, by column; None where there is no such end."""
+FilePath = Annotated[str, "file"]
+"""A file or a folder: in a study, relative to the study's own."""
 Targets = Literal["mean", "each"]
 """Scores for the mean over the target's examples, or a column for each of them, named after its id."""
 M = TypeVar("M", bound="Method")
@@ -409,6 +411,24 @@ def make(kind: type[M], spec: Any) -> M:
         if option not in known:
             raise InputError(f"{spec['name']!r} has no option {option!r}", fix=nearest(option, known))
     return cls(**options)
+
+
+def placed(kind: type[Method], spec: Any, place: typing.Callable[[str], str]) -> Any:
+    """A method as a study writes it, with every `FilePath` of its own and of the methods it holds put by `place`."""
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        return spec
+    try:
+        hints = _hints(find(kind, spec["name"]))
+    except InputError:  # told when it is made
+        return spec
+    moved = dict(spec)
+    for option, value in spec.items():
+        inner = _method_type(hints.get(option))
+        if inner is not None:
+            moved[option] = placed(inner, value, place)
+        elif "file" in getattr(hints.get(option), "__metadata__", ()) and isinstance(value, str):
+            moved[option] = place(value)
+    return moved
 
 
 def describe(cls: type[Method]) -> dict[str, Any]:
