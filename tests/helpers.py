@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -68,6 +72,31 @@ def looped(task: Task, params: Params, encoded: Encoded, rows: np.ndarray) -> di
         for name, grad in zip(params, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             found[name].append(grad)
     return {n: torch.stack(g) for n, g in found.items()}
+
+
+@functools.cache
+def tiny_encoder() -> str:
+    """The folder of a random BERT with its tokenizer; removed when the process ends. Skips without transformers."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'assay-data[hf]'")
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_str(train_tokenizer(text_pool(200), vocab=276))
+    tokenizer.add_special_tokens(["[CLS]", "[SEP]", "[PAD]"])
+    marks = [(t, tokenizer.token_to_id(t)) for t in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*marks)  # type: ignore[assignment]
+    config = transformers.BertConfig(
+        vocab_size=280, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.BertModel(config)
+    for name, p in init_params(model, 0).items():
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+        model.get_parameter(name).data.copy_(p + 0.15 * noise)
+    folder = tempfile.TemporaryDirectory(prefix="assay-encoder-")
+    atexit.register(folder.cleanup)
+    model.save_pretrained(folder.name)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder.name)
+    return folder.name
 
 
 # For tests/test_engine.py.

@@ -405,6 +405,8 @@ class Measurer:
         write_json(part / "uses.json", sorted(set(frame.uses)))
         if self.task is not None and uses_model(method) and pool.fingerprint in self.encodings:
             ledger.spent(self._passes(method, state) * self.task.forward_flops(work.encoded.sizes))
+        if hasattr(state, "flops"):  # a model of its own, which knows what a pass over a pool takes
+            ledger.spent(state.flops(pool))
 
     def _passes(self, method: Method, state: Any) -> float:
         """Forward passes' worth of work an example: none for a scorer that reads features made by another step.
@@ -426,7 +428,8 @@ class Measurer:
         writer = work.writer
         missing = [i for i in spans if not writer.has(i)]
         self.progress.skip(len(spans) - len(missing))
-        workers = self.workers if uses_model(work.method) or len(pool) > 20 * self.shard else 1
+        heavy = uses_model(work.method) or hasattr(work.state, "flops")
+        workers = self.workers if heavy or len(pool) > 20 * self.shard else 1
         for _ in local.map(publish, work, missing, workers=workers):
             self.progress.advance()
         self.computed += sum(stop - start for start, stop in map(writer.span, missing))

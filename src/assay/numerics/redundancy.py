@@ -1,0 +1,97 @@
+"""How alike each vector is to those before it in its cluster: what semantic deduplication is made of.
+
+Never more than `BLOCK` x `BLOCK` cosines at once, whatever the size of a cluster. Legend: n rows, d numbers of each, p
+clusters that a row belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+BLOCK = 1024
+# Cosines from here on are those of equal vectors: float32 knows no better.
+COPY = 1 - 1e-6
+
+
+def redundant(cosines: np.ndarray, eps: float) -> np.ndarray:
+    """Which rows go: those whose largest cosine is over 1 - eps, and copies at any eps."""
+    return (1 - cosines.astype(np.float64) < eps) | (cosines >= COPY)
+
+
+class Earlier:
+    """Largest cosine of each row with an earlier row that shares a cluster with it, -1 where there is none.
+
+    `reference[j] = max over i before j of <x_i, x_j>` over all earlier rows, `greedy[j]` over those that were kept:
+    rows whose own `greedy` is not redundant at `eps`. Rows go in the order of (first cluster, rank), so that of two
+    rows that share any cluster, one is earlier everywhere.
+    """
+
+    def __init__(self, x_nd: np.ndarray, labels_np: np.ndarray, rank_n: np.ndarray, eps: float) -> None:
+        self.x, self.eps, self.pairs = x_nd, eps, 0
+        self.reference = np.full(len(x_nd), -1.0, dtype=np.float32)
+        self.greedy = self.reference.copy()
+        self.kept = np.ones(len(x_nd), dtype=bool)
+        order = np.lexsort((rank_n, labels_np[:, 0]))
+        borders = np.flatnonzero(np.diff(labels_np[order, 0])) + 1
+        seen: dict[int, list[np.ndarray]] = {}
+        for own in np.split(order, borders):
+            shared = list(_shared(own, labels_np)) if labels_np.shape[1] > 1 else []
+            for group, members in shared:
+                if group in seen:
+                    self._across(members, np.concatenate(seen[group]))
+            self._within(own)
+            for group, members in shared:
+                seen.setdefault(group, []).append(members)
+        np.minimum(self.reference, 1, out=self.reference)
+        np.minimum(self.greedy, 1, out=self.greedy)
+
+    def _across(self, rows: np.ndarray, past: np.ndarray) -> None:
+        """All of `rows` with all of `past`, which are earlier."""
+        for a in _blocks(rows):
+            own = self.x[a]
+            for b in _blocks(past):
+                self._tile(a, own @ self.x[b].T, self.kept[b])
+
+    def _tile(self, a: np.ndarray, cosines: np.ndarray, kept: np.ndarray) -> None:
+        self.pairs += cosines.size
+        self.reference[a] = np.maximum(self.reference[a], cosines.max(axis=1))
+        if kept.any():
+            some = cosines if kept.all() else cosines[:, kept]
+            self.greedy[a] = np.maximum(self.greedy[a], some.max(axis=1))
+
+    def _within(self, rows: np.ndarray) -> None:
+        """All pairs of `rows`, which are in order."""
+        vectors = self.x[rows]
+        for start in range(0, len(rows), BLOCK):
+            a = rows[start : start + BLOCK]
+            own = vectors[start : start + BLOCK]
+            for before in range(0, start, BLOCK):
+                past = slice(before, before + BLOCK)
+                self._tile(a, own @ vectors[past].T, self.kept[rows[past]])
+            self._diagonal(a, own @ own.T)
+
+    def _diagonal(self, a: np.ndarray, cosines: np.ndarray) -> None:
+        """One by one: whether a row is kept is known when those after it are asked."""
+        self.pairs += cosines.size // 2
+        below = np.where(np.tri(len(a), k=-1, dtype=bool), cosines, -1)
+        self.reference[a] = np.maximum(self.reference[a], below.max(axis=1, initial=-1))
+        found = self.greedy[a]
+        for j in range(len(a)):
+            if 1 - float(found[j]) < self.eps or found[j] >= COPY:  # as `redundant`
+                self.kept[a[j]] = False
+            else:
+                np.maximum(found[j + 1 :], cosines[j, j + 1 :], out=found[j + 1 :])
+        self.greedy[a] = found
+
+
+def _shared(own: np.ndarray, labels_np: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Of the rows of one first cluster: every cluster that any of them belongs to, and those that do."""
+    labels = labels_np[own]
+    for group in np.unique(labels).tolist():
+        yield group, own[(labels == group).any(axis=1)]
+
+
+def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    return (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
