@@ -413,7 +413,7 @@ class Measurer:
 
         A state that counts its own passes, such as a probe, knows better than the method's options.
         """
-        if any(isinstance(c, Featurizer) for c in method.children()):
+        if any(isinstance(c, Featurizer) for c in method.children()) and not hasattr(state, "passes"):
             return 0.0
         single = isinstance(method, Featurizer) or "model" in method.spec()
         passes = getattr(state, "passes", getattr(method, "passes", 1.0))

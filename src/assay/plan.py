@@ -33,6 +33,8 @@ from assay.trust.cost import trainings
 from assay.trust.run import settled
 
 SAMPLE = 1500
+# Scorers of products with a target, which meet features that need no Table.
+MEETING = ("graddot", "gradcos", "tracin")
 # Seconds to fork the first worker with the heavy packages loaded, and for each later set of workers.
 START, RESTART = 3.0, 0.3
 
@@ -372,6 +374,9 @@ class _Draft:
         if f"score: {method.name}" in self.steps:
             return
         features = _features(method)
+        if features and method.name in MEETING and all(getattr(f, "met", False) for f in features):
+            self._of_meetings(method, features[0])
+            return
         for feature in features:
             self._featurize(feature, self._models(*(m for m in self.methods if feature in family(m))))
         for inner in method.children():
@@ -403,6 +408,15 @@ class _Draft:
         self.add(Step(stage, self._start() + seconds, self.base + held, size))
         part = len(self.target.selecting) / self.rows
         self.add(Step(f"{stage} (target)", RESTART + seconds * part, self.base, size * part))
+
+    def _of_meetings(self, method: Scorer, feature: Method) -> None:
+        """Exact gradients that are computed where they are met: of the pool a batch at a time, of the target all."""
+        rate, models = self.rates.get("gradient", self.rates["train"]), self._models(method)
+        targets = len(self.target.selecting)
+        share = 1 / self.busy + targets / self.rows  # the target's are computed by the main process
+        kept = 8.0 * targets * self._width(feature) * models * (1 + self.busy)
+        seconds = self.terms * models / rate * share
+        self.add(Step(f"score: {method.name}", self._start() + seconds, self.base + kept, 8.0 * self.rows))
 
     def _of_features(self, method: Scorer, features: list[Method]) -> None:
         width = max(self._width(f) for f in features)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from assay.core.errors import InputError
 from assay.core.method import Scorer, make
+from assay.numerics.trak import inverted
 from helpers import prepared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,3 +66,25 @@ def test_margins_need_gradients_of_margins(three: World, tmp_path: Path) -> None
     wrong = {"name": "self_trak", "features": exact_features("loss"), "output": "margin"}
     with pytest.raises(InputError, match="self_trak: output = 'margin' needs gradients of the margin"):
         three.scores(tmp_path, wrong, [three.params(theta(0))])
+
+
+@pytest.mark.parametrize(("n", "d"), [(30, 8), (8, 30), (8, 8)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_inverse_is_dense_algebra_for_few_rows_and_for_many(n: int, d: int, weighted: bool) -> None:
+    """Of fewer rows than features the system is that of the rows' products: the same numbers, the same damping."""
+    rng = np.random.default_rng(0)
+    phi, x = rng.normal(size=(n, d)), rng.normal(size=(3, d))
+    weights = rng.uniform(0, 1, n) if weighted else None
+    moments = phi.T @ (phi if weights is None else phi * weights[:, None])
+    for damping in (1e-3, 0.3, 10.0):
+        truth = np.linalg.solve(moments + damping * np.trace(moments) / d * np.eye(d), x.T).T
+        found, _ = inverted("trak", iter([phi[:5], phi[5:]]), (n, d), damping, x, weights)
+        np.testing.assert_allclose(found, truth, rtol=0, atol=1e-9 * np.abs(truth).max())
+
+
+def test_fewer_rows_than_features_need_damping() -> None:
+    phi = np.random.default_rng(0).normal(size=(4, 9))
+    with pytest.raises(InputError, match="fewer examples than features"):
+        inverted("trak", iter([phi]), (4, 9), 0.0, phi)
+    with pytest.raises(InputError, match="all gradients are zero"):
+        inverted("trak", iter([0 * phi]), (4, 9), 0.1, phi)

@@ -21,7 +21,7 @@ from assay.core.keys import digest_sources
 from assay.core.pool import Pool, positions
 from assay.core.progress import Progress
 from assay.core.selection import Budget, Selection
-from assay.core.table import Table
+from assay.core.table import Table, unit_rows
 
 Positive = Annotated[float, pydantic.Field(gt=0)]
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
@@ -217,6 +217,20 @@ class Featurizer(Method, abstract=True):
         """Names of the d columns."""
         raise AssertionError
 
+    @property
+    def met(self) -> bool:
+        """Whether `faced` computes these features where they are met, and makes no Table of them."""
+        return False
+
+    def faced(self, context: Context, queries: Featurizer, *, each: bool, unit: bool = False) -> Faced:
+        """Products of these features with the target's: a column for each example of the target, or one for their mean;
+        `unit`: of features at unit length. By way of Tables, which others then find made, unless it is overridden."""
+        context.table(self)
+        rows = context.target_table(queries).values.astype(np.float64)
+        rows = unit_rows(rows)[0] if unit else rows
+        kept = rows if each else rows.mean(axis=0, keepdims=True)
+        return _Stored(self, self.sense * queries.sense * kept, unit)
+
     def init(self, context: Context) -> Any:
         """A small picklable state."""
         return None
@@ -224,6 +238,33 @@ class Featurizer(Method, abstract=True):
     def featurize(self, state: Any, batch: Batch) -> Any:
         """`[b, d]` numbers for a batch of b examples."""
         raise AssertionError
+
+
+class Faced(Protocol):
+    """Features of the pool, to be met with those of a target. Small and picklable."""
+
+    @property
+    def passes(self) -> float:
+        """How many times the work of its cost class an example takes here; 0 where a Table has what is needed."""
+        ...
+
+    def products(self, batch: Batch) -> np.ndarray:
+        """`[b, c]` float64, in the sense of what lowers a loss."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """`Faced` by way of a Table. `slopes` `[c, d]`: the target's features, or their mean."""
+
+    features: Featurizer
+    slopes: np.ndarray
+    unit: bool
+    passes: float = 0.0
+
+    def products(self, batch: Batch) -> np.ndarray:
+        rows = batch.table(self.features).astype(np.float64)
+        return (unit_rows(rows)[0] if self.unit else rows) @ self.slopes.T
 
 
 class Scorer(Method, abstract=True):

@@ -260,7 +260,7 @@ class Meter:
 
         self._stop = threading.Event()
         self._start = time.perf_counter()
-        self._sample(fresh=False)
+        self._sample(fresh=False, memory=False)  # memory is dear to ask for, and soon seen
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -269,17 +269,17 @@ class Meter:
         while not self._stop.wait(self.period):
             self._sample()
 
-    def _sample(self, fresh: bool = True) -> None:
+    def _sample(self, fresh: bool = True, memory: bool = True) -> None:
         """`fresh`: a process not seen before began after this meter, so all its seconds count."""
-        memory = 0
+        held = 0
         for process in _tree():
             with suppress(psutil.Error):
-                memory += resident(process)
+                held += resident(process) if memory else 0
                 times = process.cpu_times()
                 spent = times.user + times.system
                 begun, _ = self._seconds.get(process.pid, (0.0 if fresh else spent, spent))
                 self._seconds[process.pid] = begun, spent
-        self.peak = max(self.peak, memory)
+        self.peak = max(self.peak, held)
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()

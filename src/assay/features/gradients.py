@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from assay.core.errors import InputError
-from assay.core.method import Batch, Context, Cost, Count, Featurizer, Positive, mark_of
+from assay.core.method import Batch, Context, Cost, Count, Faced, Featurizer, Positive, batch_places, mark_of
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from assay.core.task import Task
+    from assay.numerics.pairs import Queries
     from assay.numerics.project import Sketch
 
 
@@ -34,6 +38,24 @@ class _State:
         return replace(self, params=params, metric=metric)
 
 
+@dataclass(frozen=True)
+class _Met:
+    """`Faced` without a Table."""
+
+    features: Gradients
+    state: _State
+    queries: Queries
+    sense: float
+    unit: bool
+    passes: float = 1.0
+
+    def products(self, batch: Batch) -> np.ndarray:
+        from assay.numerics.pairs import met
+
+        read = partial(self.features.read, self.state, batch)
+        return self.sense * met(read, self.queries, unit=self.unit).cpu().numpy()
+
+
 class Gradients(Featurizer):
     """Gradient of each example's loss (mean over its terms) in the weights, projected.
 
@@ -47,8 +69,9 @@ class Gradients(Featurizer):
         - p); layers = 'linear' leaves out embeddings, norms and convolutions; metric multiplies gradients by
         v_hat^-exponent of the scoring model's optimiser: at 1/4 products are those of Adam's metric, at 1/2 gradients
         are in units of their own size ('adam' forms each gradient whole, 'adafactor' takes the best rank-one v_hat and
-        costs nothing; momentum only scales, so 'sgd' is its metric too); 'bfloat16' runs the model in it and sums in
-        float32; checkpoint: which mark of the scoring model's training run is read, from 0, -1 for the last
+        costs nothing; momentum only scales, so 'sgd' is its metric too); graddot, gradcos and tracin keep no Table of
+        'exact' gradients; 'bfloat16' runs the model in it and sums in float32; checkpoint: which mark of the scoring
+        model's training run is read, from 0, -1 for the last
     """
 
     projection: Literal["sparse", "factored", "masked", "dense", "exact"] = "factored"
@@ -137,16 +160,49 @@ class Gradients(Featurizer):
         return tuple(f"{name}:{i}" for name, width in blocks for i in range(width))
 
     def featurize(self, state: _State, batch: Batch) -> Any:
+        from assay.numerics.persample import flatten
+
+        return flatten(self.read(state, batch, state.sketch), state.sketch)
+
+    def read(self, state: _State, batch: Batch, sketch: Sketch) -> dict[str, Tensor]:
+        """Gradients of a batch through a sketch, by name."""
         import torch
 
-        from assay.numerics.persample import flatten, gradients
+        from assay.numerics.persample import gradients
 
         inputs = batch.inputs
         if self.device == "cuda":
             inputs = {k: v.pin_memory().to("cuda", non_blocking=True) for k, v in inputs.items()}
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16"):
             found, _ = gradients(
-                state.task.module, self._measure(state), state.params, inputs, state.sketch,
+                state.task.module, self._measure(state), state.params, inputs, sketch,
                 only=set(state.only), fallback=set(state.fallback), metric=state.metric,
             )  # fmt: skip
-        return flatten(found, state.sketch)
+        return found
+
+    @property
+    def met(self) -> bool:
+        return self.projection == "exact"
+
+    def faced(self, context: Context, queries: Featurizer, *, each: bool, unit: bool = False) -> Faced:
+        """Exact gradients are met as they are computed: a row is as long as the model, and dear to keep."""
+        readable = context.pool.columns  # else all there is of the pool is a Table
+        if not (isinstance(queries, Gradients) and readable and self.met and queries.met) or (
+            queries.layers != self.layers
+        ):
+            return super().faced(context, queries, each=each, unit=unit)
+        import torch
+
+        from assay.numerics import pairs
+        from assay.numerics.persample import trainable
+
+        asked = queries.init(context)
+        own = asked if queries == self else self.init(context)
+
+        def reads() -> Iterator[pairs.Read]:
+            for batch in context.batches(context.target):
+                yield partial(queries.read, asked, batch)
+
+        places = torch.from_numpy(batch_places(context, context.target)) if each else None
+        held = pairs.queries(reads, trainable(context.task.module), unit=unit, places=places)
+        return _Met(self, own, held, self.sense * queries.sense, unit)

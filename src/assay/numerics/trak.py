@@ -20,17 +20,46 @@ def gram(blocks: Iterable[np.ndarray], size: int, weights: np.ndarray | None = N
     for rows in blocks:
         for start in range(0, len(rows), BLOCK):
             part = rows[start : start + BLOCK]
-            weighted = part
-            if weights is not None:
-                weighted = part * weights[at : at + len(part), None].astype(part.dtype)
-            total += weighted.T @ part
+            rooted = part if weights is None else _rooted(part, weights[at : at + len(part)])
+            total += rooted.T @ rooted  # of one matrix with itself half the products are made
             at += len(part)
     return total
 
 
-def damped(matrix: np.ndarray, damping: float) -> np.ndarray:
-    """`matrix + damping tr(matrix)/p I`: the same damping for features of any scale and number."""
-    return matrix + damping * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+def _rooted(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return rows * np.sqrt(weights)[:, None].astype(rows.dtype)
+
+
+def damped(matrix: np.ndarray, damping: float, size: int | None = None) -> np.ndarray:
+    """`matrix + damping tr(matrix)/p I`: the same damping for features of any scale and number p."""
+    found = matrix.copy()
+    found[np.diag_indices(len(found))] += damping * np.trace(matrix) / (size or len(matrix))
+    return found
+
+
+def inverted(
+    method: str, blocks: Iterable[np.ndarray], shape: tuple[int, int], damping: float, x_cd: np.ndarray,
+    weights: np.ndarray | None = None,
+) -> tuple[np.ndarray, float]:  # fmt: skip
+    """Rows `(M + damping tr(M)/d I)^-1 x` with M = `gram(blocks, d, weights)` of n rows, `[c, d]` float64; and the
+    operations that took.
+
+    Of fewer rows than features by the products of the rows: with P the rows times sqrt(w) and l the damping,
+    (P^T P + l I)^-1 = (I - P^T (P P^T + l I)^-1 P) / l. Raises `InputError` when the matrix is singular.
+    """
+    n, d = shape
+    x_cd = x_cd.astype(np.float64)
+    if n >= d or not damping:
+        matrix = damped(gram(blocks, d, weights), damping)
+        return solved(whitener(method, matrix), x_cd), n * d**2 + d**3 / 3 + 2 * len(x_cd) * d**2
+    # In float64: what is left of x is a small difference where P is large.
+    p_nd = np.concatenate(list(blocks)).astype(np.float64)
+    p_nd = p_nd if weights is None else _rooted(p_nd, weights)
+    kernel = p_nd @ p_nd.T
+    factor = whitener(method, damped(kernel, damping, d))
+    found = x_cd - solved(factor, x_cd @ p_nd.T) @ p_nd
+    found /= damping * np.trace(kernel) / d
+    return found, n**2 * d + n**3 / 3 + len(x_cd) * (2 * n**2 + 4 * n * d)
 
 
 def whitener(method: str, matrix: np.ndarray) -> np.ndarray:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
-from assay.core.method import Batch, Context, Cost, Featurizer, Scorer, Targets, target_columns
-from assay.core.table import unit_rows
+from assay.core.method import Batch, Context, Cost, Faced, Featurizer, Scorer, Targets, target_columns
 
 
 @dataclass(frozen=True)
 class _State:
     columns: tuple[str, ...]
-    slopes: list[tuple[Featurizer, np.ndarray]]
-    """Features of each scoring model, and the target's unit rows `[c, d]`."""
+    faced: list[Faced]
+    """For each scoring model its features of the pool, facing those of the target."""
+
+    @property
+    def passes(self) -> float:
+        return sum(f.passes for f in self.faced) / len(self.faced)
 
 
 class GradCos(Scorer):
@@ -36,17 +37,12 @@ class GradCos(Scorer):
     measures_utility: ClassVar[bool] = True
 
     def init(self, context: Context) -> _State:
-        asked, state = self.queries or self.features, []
-        for own, other in zip(context.members(self.features), context.members(asked), strict=True):
-            context.table(own)
-            slopes = unit_rows(context.target_table(other).values.astype("float64"))[0]
-            kept = slopes if self.targets == "each" else slopes.mean(axis=0, keepdims=True)
-            state.append((own, own.sense * other.sense * kept))
-        return _State(target_columns(context, self.targets), state)
+        members = zip(context.members(self.features), context.members(self.queries or self.features), strict=True)
+        faced = [own.faced(context, other, each=self.targets == "each", unit=True) for own, other in members]
+        return _State(target_columns(context, self.targets), faced)
 
     def columns(self, state: _State) -> tuple[str, ...]:
         return state.columns
 
     def score(self, state: _State, batch: Batch) -> Any:
-        rows = ((unit_rows(batch.table(m).astype("float64"))[0], slopes) for m, slopes in state.slopes)
-        return sum(unit @ slopes.T for unit, slopes in rows) / len(state.slopes)
+        return sum(f.products(batch) for f in state.faced) / len(state.faced)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from assay.core.errors import InputError
-from assay.core.method import Batch, Context, Cost, Featurizer, Scorer, Targets, target_columns
+from assay.core.method import Batch, Context, Cost, Faced, Featurizer, Scorer, Targets, target_columns
 
 
 @dataclass(frozen=True)
 class _State:
     columns: tuple[str, ...]
-    slopes: list[tuple[Featurizer, np.ndarray]]
-    """Features at each mark, and the target's `[c, d]` times the mark's share of the score."""
+    faced: list[tuple[float, Faced]]
+    """Each mark's share of the score, and its features of the pool, facing those of the target."""
+    models: int
+
+    @property
+    def passes(self) -> float:
+        return sum(f.passes for _, f in self.faced) / self.models
 
 
 class TracIn(Scorer):
@@ -54,16 +57,14 @@ class TracIn(Scorer):
                 why=f"the training runs left {len(shares)} marks",
                 fix="take features with the options `model` and `checkpoint`, as gradients have",
             )
-        slopes = []
-        for share, own, other in zip(shares, members, asked, strict=True):
-            context.table(own)
-            rows = context.target_table(other).values.astype(np.float64)
-            kept = rows if self.targets == "each" else rows.mean(axis=0, keepdims=True)
-            slopes.append((own, share * own.sense * other.sense * kept))
-        return _State(target_columns(context, self.targets), slopes)
+        each = self.targets == "each"
+        faced = [own.faced(context, other, each=each) for own, other in zip(members, asked, strict=True)]
+        return _State(
+            target_columns(context, self.targets), list(zip(shares, faced, strict=True)), len(context.trajectories)
+        )
 
     def columns(self, state: _State) -> tuple[str, ...]:
         return state.columns
 
     def score(self, state: _State, batch: Batch) -> Any:
-        return sum(batch.table(m).astype(np.float64) @ slopes.T for m, slopes in state.slopes)
+        return sum(share * f.products(batch) for share, f in state.faced)

@@ -51,7 +51,7 @@ class Trak(Scorer):
     measures_utility: ClassVar[bool] = True
 
     def init(self, context: Context) -> _State:
-        from assay.numerics.trak import damped, gram, solved, whitener
+        from assay.numerics.trak import inverted
 
         if self.output == "margin" and getattr(self.features, "measure", "margin") != "margin":
             raise InputError(
@@ -69,12 +69,12 @@ class Trak(Scorer):
             if losses and self.weighted:
                 p = np.exp(context.table(losses[k % len(losses)]).values[:, 0])
                 weights = p * (1 - p)
-            matrix = gram(map(self._scale, table.shards()), len(table.columns), weights)
-            context.spent(2 * len(table) * len(matrix) ** 2)
             rows = self._scale(context.target_table(other).values).astype(np.float64)
             kept = rows if self.targets == "each" else rows.mean(axis=0, keepdims=True)
-            factor = whitener(self.name, damped(matrix, self.damping))
-            slopes.append((own, own.sense * other.sense * solved(factor, kept)))
+            shape, blocks = (len(table), len(table.columns)), map(self._scale, table.shards())
+            found, flops = inverted(self.name, blocks, shape, self.damping, kept, weights)
+            context.spent(flops)
+            slopes.append((own, own.sense * other.sense * found))
         for member in losses:
             context.table(member)
         return _State(target_columns(context, self.targets), slopes, losses)
