@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,8 +13,11 @@ import pytest
 from assay import filters
 from assay.core.errors import InputError
 from assay.core.keys import encode_ids
-from assay.core.method import Bounds, Count, Scorer
+from assay.core.method import Bounds, Count, Scorer, make
+from assay.core.pool import Pool
+from assay.core.run import Run
 from assay.core.table import Table
+from assay.measure import Measurer
 
 
 class Rules(Scorer):
@@ -148,6 +152,32 @@ def test_a_copy_stays_when_an_earlier_filter_dropped_its_survivor() -> None:
     assert rows(later)["test_filters (2): score below 0"] == [2]
     gated = sifted([{"method": Copies()}], [copies], barred=[0])
     assert np.flatnonzero(gated.left).tolist() == [1, 3, 5]
+
+
+@pytest.mark.parametrize("name", ["exact_dup", "minhash"])
+def test_the_scorers_of_copies_name_their_groups(tmp_path: Path, name: str) -> None:
+    """b is the survivor of b, c, e and falls to an earlier filter: c stays in its place. a and d are no copies."""
+    if name == "minhash":
+        pytest.importorskip("rensa")
+    long = "one sentence of some ten words that stands here three times over"
+    pool = Pool.from_columns({"id": ["c", "a", "e", "b", "d"], "text": [long, "a text", long, long, "another one"]})
+    run = Run.open(tmp_path / "run", {"name": "filters"})
+    try:
+        found = Measurer(run, pool, pool).table(make(Scorer, name))
+        mixed = pool.at([4, 3, 0, 2, 1])
+        again = Measurer(run, mixed, mixed).table(make(Scorer, name))
+    finally:
+        run.close()
+    assert found.column("score").tolist() == [-1, 0, -2, 0, 0]
+    clusters = found.column("cluster")
+    assert clusters[1] == clusters[4] == -1 and clusters[0] == clusters[2] == clusters[3] >= 0
+    assert again.align(pool.ids).column("cluster").tolist() == clusters.tolist()
+    lengths = Table(pool.ids, ("score",), np.array([[1.0], [1.0], [1.0], [0.0], [1.0]]))
+    specs = [filters.parse(s) for s in ({"name": "length", "bounds": {"score": [1, np.inf]}}, name)]
+    sieve = filters.sift(specs, [lengths, found], np.ones(5), np.array(["all"] * 5), np.zeros(5, dtype=bool))
+    assert sieve.left.tolist() == [True, True, False, False, True]
+    alone = filters.sift(specs[1:], [found], np.ones(5), np.array(["all"] * 5), np.zeros(5, dtype=bool))
+    assert alone.left.tolist() == [False, True, False, True, True], "with nothing dropped, the survivor alone stays"
 
 
 def test_in_and_out_by_domain_and_a_starved_domain_is_told() -> None:

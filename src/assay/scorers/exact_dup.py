@@ -63,17 +63,22 @@ class ExactDup(Scorer):
     Reference: Lee et al. 2022, arXiv:2107.06499
     Note: the order is that of ids, so files may be read in any order; or first by a column of numbers, `priority`,
         whose highest value stays. Texts that are empty once normalised are no copies. Two texts of n have one key by
-        chance with probability n^2 / 2^129
+        chance with probability n^2 / 2^129. The column `cluster` numbers the groups of copies, -1 without any: as a
+        filter, the first copy that earlier filters left stays
     """
 
     column: str = "text"
     priority: str = ""
 
     unit: ClassVar[str] = "minus copies before"
+    group: ClassVar[str] = "cluster"
 
     @property
     def presets(self) -> Mapping[str, Bounds]:
         return {"first": {"score": (0.0, None)}}
+
+    def columns(self, state: Any) -> tuple[str, ...]:
+        return ("score", "cluster")
 
     def init(self, context: Context) -> Any:
         pool = context.pool
@@ -89,9 +94,10 @@ class ExactDup(Scorer):
         fresh[1:] = (group[1:] != group[:-1]).any(axis=1)
         at = np.arange(len(rows))
         before = at - np.maximum.accumulate(np.where(fresh, at, 0))
-        copies = np.flatnonzero(before)
-        by_id = copies[np.argsort(ids[order][copies], kind="stable")]
-        return encode_ids(ids[order][by_id].tolist()), before[by_id].astype(np.float64)
+        by_id = np.argsort(ids[order], kind="stable")
+        # Groups are numbered in the order of their keys, which no order of files can change.
+        numbers = np.stack([-before.astype(np.float64), np.cumsum(fresh) - 1.0], axis=1) + 0.0  # no negative zero
+        return encode_ids(ids[order][by_id].tolist()), numbers[by_id]
 
     def _priorities(self, pool: Any, rows: np.ndarray) -> np.ndarray:
         if not self.priority:
@@ -106,11 +112,13 @@ class ExactDup(Scorer):
         return np.where(np.isnan(values), -np.inf, values)
 
     def score(self, state: Any, batch: Batch) -> Any:
-        ids, ranks = state
-        if not len(ids):
-            return np.zeros(len(batch.ids))
-        where = np.minimum(np.searchsorted(ids, batch.ids), len(ids) - 1)
-        return np.where(ids[where] == batch.ids, -ranks[where], 0.0)
+        ids, numbers = state
+        found = np.tile(np.array([0.0, -1.0]), (len(batch.ids), 1))
+        if len(ids):
+            where = np.minimum(np.searchsorted(ids, batch.ids), len(ids) - 1)
+            here = ids[where] == batch.ids
+            found[here] = numbers[where[here]]
+        return found
 
 
 def _block(job: tuple[ExactDup, Any], start: int) -> np.ndarray:

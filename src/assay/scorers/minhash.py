@@ -51,8 +51,9 @@ class MinHash(Scorer):
         than n words has one n-gram, of all its words; one without words is no copy. The order is that of ids, or first
         that of a column of numbers, `priority`, whose highest value stays. 'components' joins along chains; with 'star'
         an example goes only if it was compared with one that stays. A band of more than nine documents has each
-        compared with the first four and the four before it. The column `size` counts the cluster's members. Files
-        `near-*.npy` beside the Table hold the ids that are in clusters, and those of their survivors
+        compared with the first four and the four before it. The column `size` counts the cluster's members, `cluster`
+        numbers it (-1: none): as a filter, the first member that earlier filters left stays. Files `near-*.npy` beside
+        the Table hold the ids that are in clusters, and those of their survivors
     """
 
     column: str = "text"
@@ -65,13 +66,14 @@ class MinHash(Scorer):
     seed: int = 1
 
     unit: ClassVar[str] = "minus near copies before"
+    group: ClassVar[str] = "cluster"
 
     @property
     def presets(self) -> Mapping[str, Bounds]:
         return {"first": {"score": (0.0, None)}}
 
     def columns(self, state: Any) -> tuple[str, ...]:
-        return ("score", "size")
+        return ("score", "size", "cluster")
 
     def init(self, context: Context) -> Path:
         if self.verify > 1:
@@ -164,10 +166,10 @@ class MinHash(Scorer):
     def score(self, state: Path, batch: Batch) -> Any:
         ids = np.load(state / "near-ids.npy", mmap_mode="r")
         known = np.load(state / "near-clusters.npy", mmap_mode="r")
-        found = np.tile(np.array([0.0, 1.0]), (len(batch.ids), 1))
+        found = np.tile(np.array([0.0, 1.0, -1.0]), (len(batch.ids), 1))
         where = np.minimum(np.searchsorted(ids, batch.ids), len(ids) - 1)
         here = np.flatnonzero(ids[where] == batch.ids)
-        found[here] = known[:, where[here]].T * np.array([-1.0, 1.0]) + 0.0  # no negative zero
+        found[here] = known[:, where[here]].T * np.array([-1.0, 1.0, 1.0]) + 0.0  # no negative zero
         return found
 
 
@@ -377,7 +379,8 @@ def _save(
     members = members[order]
     np.save(folder / "near-ids.npy", ids[order])
     np.save(folder / "near-survivors.npy", pool.ids[row[leaders[members]]])
-    np.save(folder / "near-clusters.npy", np.stack([before[members], size[members]]))
+    number = np.where(size[members] > 1, leaders[members].astype(np.int64), -1)
+    np.save(folder / "near-clusters.npy", np.stack([before[members], size[members], number]))
 
 
 def _by_domain(pool: Pool, copy: np.ndarray) -> dict[str, tuple[int, int]]:
