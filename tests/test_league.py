@@ -209,6 +209,7 @@ def test_the_record_and_the_page(whole) -> None:
         assert rows["oracle"]["damaged"] == 0 or sum(rows["oracle"]["own"].values()) < 1
         assert f"tiny: {name}" in page and page.count("| *oracle* |") == 2 and "random (mean of 2)" in page
         assert rows["graddot"]["cost"] > rows["bm25"]["cost"] == 0
+        assert rows["graddot"]["by_lot"] < 0.1 and all(row["by_lot"] == 1 for row in table["random"])
     even = held["tables"]["both"]["entries"]
     own = next(row["own"] for row in even if row["oracle"])
     assert own["docs"] == pytest.approx(own["comment"], abs=0.1), "as many tokens of each domain of a mixture"
@@ -268,15 +269,16 @@ def test_an_entry_is_added_later(tiny, whole, tmp_path: Path) -> None:
         if not keep:
             shutil.rmtree(own / "runs" / "steps")
         before = {p.name for p in (own / "runs").glob("steps/train-*")}
-        done = small_track.finish(tiny[1], own, "--methods", "length")
+        done = small_track.finish(tiny[1], own, "--methods", "length,exact_dup")
         assert done.returncode == 0, done.stderr
         old, new = record(folder)["tables"], record(own)["tables"]
         for name in old:
             rows = {row["name"]: row for row in new[name]["entries"]}
+            assert rows["exact_dup"]["by_lot"] == 1, "it drops nothing: a hash chose among equal scores"
             assert "length" in rows and all(rows[row["name"]] == row for row in old[name]["entries"])
-            assert new[name]["random"] == old[name]["random"] and new[name]["family"]["size"] == 4
+            assert new[name]["random"] == old[name]["random"] and new[name]["family"]["size"] == 5
         added = {p.name for p in (own / "runs").glob("steps/train-*")} - before
-        assert len(added) == (2 if keep else 2 * (1 + 2 + 2)), "length; and without the runs, two oracles and random"
+        assert len(added) == (2 * 2 if keep else 2 * (2 + 2 + 2)), "two; and without the runs, two oracles and random"
 
 
 def test_other_random_runs_are_not_compared_with(tiny, whole, tmp_path: Path) -> None:
@@ -310,7 +312,7 @@ def made(rng: np.random.Generator, gains: list[float], *, seeds: int = 5, items:
 
     def row(name: str, shift: float, oracle: bool = False) -> dict[str, Any]:
         losses = item + seed - shift + rng.normal(0, 0.02, (seeds, 1)) + rng.normal(0, 0.05, (seeds, items))
-        return {"name": name, "oracle": oracle, "losses": losses, "by_seed": losses.mean(1).tolist(),
+        return {"name": name, "oracle": oracle, "by_lot": 0.0, "losses": losses, "by_seed": losses.mean(1).tolist(),
                 "by_item": " ".join(f"{x:.5f}" for x in losses.mean(0))}  # fmt: skip
 
     rows = [row(f"m{k}", gain) for k, gain in enumerate(gains)] + [row("oracle", 9.0, True)]
@@ -328,6 +330,19 @@ def test_family_finds_what_was_planted_and_ties_what_is_equal() -> None:
         plain = compare(row["losses"], np.stack([r["losses"] for r in table["random"]]))["ci"]
         together = found["entries"][row["name"]]["ci"]
         assert together[0] <= plain[0] + 1e-4 and together[1] >= plain[1] - 1e-4, "never narrower than alone"
+
+
+def test_a_selection_by_lot_is_itself_a_draw() -> None:
+    """The luck of its draw is in its intervals: those of `compare` with `draw`."""
+    table = made(np.random.default_rng(1), [0.1, 0.1])
+    alone = league.family(table)["entries"]
+    table["entries"][1]["by_lot"] = 1.0
+    found = league.family(table)["entries"]
+    width = {name: np.ptp(found[name]["ci"]) for name in found}
+    assert width["m1"] > 1.2 * np.ptp(alone["m1"]["ci"])
+    draws = np.stack([r["losses"] for r in table["random"]])
+    plain = compare(table["entries"][1]["losses"], draws, draw=True)["ci"]
+    assert width["m1"] >= np.ptp(plain) - 1e-4
 
 
 def test_the_page_escapes_what_records_hold(whole, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def summarise(job: Job) -> dict[str, Any]:
     arms = [_arm(job, name, verdicts[name], domains, clean) for name in job.judged]
     scored = [name for name in job.methods if not name.startswith("random-")]
     loss = -job.measurer.table(make(Scorer, "loss")).column("score") if job.proxies else None
-    ranked = {name: _scores(job, name) for name in scored}
+    ranked = {name: scores_of(job, name) for name in scored}
     return {
         "pool": _pool(job, domains),
         "target": {
@@ -105,7 +105,7 @@ def _training(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _scores(job: Job, name: str) -> np.ndarray:
+def scores_of(job: Job, name: str) -> np.ndarray:
     """The column an arm was cut by, in pool order."""
     table = job.measurer.table(job.methods[name])
     return table.column(getattr(job.selectors[name], "column", "") or table.columns[0])
@@ -165,7 +165,7 @@ def _planted(job: Job, name: str, selection: Selection) -> dict[str, Any]:
     kinds = np.array([job.truth.get(i, "") for i in job.pool.ids.tolist()])
     share = len(selection) / max(1, len(job.pool) - len(barred))
     table: dict[str, Any] = {}
-    values = _scores(job, name) if name in job.methods else None
+    values = scores_of(job, name) if name in job.methods else None
     for kind, count in sorted(inside.items()):
         entry = {
             "selected": taken[kind],

@@ -149,6 +149,16 @@ def test_one_contestant_has_the_plain_interval() -> None:
     assert a <= 0.05 + 1e-12 and low[0] <= want[1] + 1e-9 and high[0] >= want[2] - 1e-9, "never narrower than alone"
 
 
+def test_a_contestant_that_is_one_more_level_has_the_wider_interval() -> None:
+    """As `crossed_interval` with `single`: alone, and beside one that is none."""
+    x = np.random.default_rng(6).normal(size=(8, 1))
+    want = crossed_interval(x[:, 0], single=(0,))
+    _, low, high, a = family_intervals([x], single=np.array([True]), draws=20_000)
+    assert a == pytest.approx(0.05, abs=0.006) and high[0] - low[0] == pytest.approx(want[2] - want[1], rel=0.05)
+    _, low, high, a = family_intervals([np.repeat(x, 2, axis=1)], single=np.array([True, False]), draws=4000)
+    assert (high - low)[0] == pytest.approx(3 * (high - low)[1]), "sqrt(1 + 1/8) over sqrt(1/8)"
+
+
 def test_equal_contestants_pay_once_and_independent_ones_pay_sidak() -> None:
     """k equal ones are one; of k independent ones with many levels each, 1 - a = (1 - level)^(1/k)."""
     rng = np.random.default_rng(3)

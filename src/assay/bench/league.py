@@ -22,10 +22,13 @@ from assay.core.progress import Progress
 from assay.core.run import libraries
 from assay.job import Job, run_study
 from assay.numerics.stats import family_intervals, verdict
-from assay.summary import clean_items
+from assay.summary import clean_items, scores_of
+from assay.verify import compare
 
 FORMAT = 1
 ENTRIES = Path(__file__).with_name("entries.toml")
+# Where more of a selection than this fell by lot among equal scores, it is itself a random draw.
+LOT = 0.5
 # Of the simulation behind the intervals that hold together.
 DRAWS = 4000
 
@@ -146,7 +149,12 @@ def _obeyed(track: Track, result: dict[str, Any]) -> None:
 
 def _row(track: Track, table: str, job: Job, arm: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """An entry: what it is, what it chose, what came of it, what it cost, and what it was made with."""
-    losses = np.stack([seed["loss"][clean_items(job)] for seed in job.judged[arm["name"]]])
+    clean, random = clean_items(job), arm["name"].startswith("random-")
+    losses = {n: np.stack([seed["loss"][clean] for seed in seeds]) for n, seeds in job.judged.items()}
+    draws = np.stack([v for n, v in losses.items() if n.startswith("random-") and n != arm["name"]])
+    lot = 1.0 if random else by_lot(job, arm["name"])
+    level = job.study.verify.level
+    found = compare(losses[arm["name"]], draws, level=level, draw=lot > LOT)
     selection, method = job.selections[arm["name"]], job.methods[arm["name"]]
     rows = positions(job.pool.ids, selection.ids)
     sizes, domains = job.sizes[rows], job.pool.domains()[rows]
@@ -154,8 +162,8 @@ def _row(track: Track, table: str, job: Job, arm: dict[str, Any], spec: dict[str
     share = lambda mask: float(sizes[mask].sum() / sizes.sum())  # noqa: E731
     return {
         "name": arm["name"], "oracle": arm["name"] == ORACLE, "arm": spec, "judged_loss": arm["judged_loss"],
-        "by_seed": arm["by_seed"], "by_item": " ".join(f"{x:.5f}" for x in losses.mean(axis=0)),
-        "gain": arm["gain_over_random"], "ci": arm["ci"], "verdict": arm["versus_random"],
+        "by_seed": arm["by_seed"], "by_item": " ".join(f"{x:.5f}" for x in losses[arm["name"]].mean(axis=0)),
+        **found, "by_lot": lot,
         "cost_class": arm["cost_class"], "cost": arm["selection_flops_share"], "selected": arm["selected"],
         "tokens": arm["tokens"], "of_budget": arm["tokens"] / job.budget.amount, "domains": arm["domains"],
         "own": {domain: share(sound & (domains == domain)) for domain in track.tables[table]},
@@ -165,6 +173,14 @@ def _row(track: Track, table: str, job: Job, arm: dict[str, Any], spec: dict[str
             "selection": selection.fingerprint,
         },
     }  # fmt: skip
+
+
+def by_lot(job: Job, name: str) -> float:
+    """Share of an arm's tokens in rows whose score is also that of rows below the cut: a hash chose among them."""
+    selection, below = job.selections[name], job.selections[name].dropped.get("below the cut", job.pool.ids[:0])
+    scores, own = scores_of(job, name), positions(job.pool.ids, selection.ids)
+    tied, sizes = np.isin(scores[own], scores[positions(job.pool.ids, below)]), job.sizes[own]
+    return float(sizes[tied].sum() / sizes.sum())
 
 
 def _merged(old: dict[str, Any] | None, new: dict[str, Any], *, strict: bool, where: Path) -> dict[str, Any]:
@@ -215,7 +231,8 @@ def family(table: Mapping[str, Any]) -> dict[str, Any]:
     if not rows:
         return {"size": 0, "share": None, "entries": {}, "best": None, "tied": []}
     level = table["level"]
-    gains, low, high, share = family_intervals(margins(table, rows), level=level, draws=DRAWS)
+    lot = np.array([row["by_lot"] > LOT for row in rows])
+    gains, low, high, share = family_intervals(margins(table, rows), level=level, single=lot, draws=DRAWS)
     bounds = [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
     entries = {r["name"]: {"ci": [*b], "verdict": verdict(*b)} for r, b in zip(rows, bounds, strict=True)}
     best = rows[int(np.argmax(gains))]

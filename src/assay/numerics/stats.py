@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -90,10 +90,11 @@ def crossed_interval(
     return mean, mean - half, mean + half
 
 
-def _crossed_error(margins: Sequence[np.ndarray], extra: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _crossed_error(margins: Sequence[np.ndarray], extra: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Standard error and Satterthwaite's degrees of freedom of means over crossed factors, `[k]` each.
 
-    `margins` has for each factor the means along it, `[n, k]` or `[..., n, k]`.
+    `margins` has for each factor the means along it, `[n, k]` or `[..., n, k]`; `extra` how many further levels of it
+    what is compared with the mean has, a number or `[k]`.
     """
     parts, sizes = [], [m.shape[-2] for m in margins]
     for margin, size, more in zip(margins, sizes, extra, strict=True):
@@ -110,8 +111,9 @@ def _quantile(share: float, error: np.ndarray, df: np.ndarray) -> np.ndarray:
 
 
 def family_intervals(
-    margins: Sequence[np.ndarray], *, level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    margins: Sequence[np.ndarray], *, level: float = 0.95, single: np.ndarray | None = None, draws: int = 2000,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
     """Intervals of k means that hold together: with probability `level` all of them contain their truth.
 
     `margins` has for each crossed factor the means along it, `[n, k]`, a column for each of the k contestants: column
@@ -119,7 +121,9 @@ def family_intervals(
     freedom of `crossed_interval`, at one level 1 - a for all; a is the quantile 1 - level of the least p-value of k
     true nulls (single-step minP, the max-t method for unequal degrees of freedom). Its distribution is simulated:
     levels of each factor are drawn normal with the covariance that the contestants show along it, so what they share
-    (the baseline's draws, hard items) is not paid for k times. a is at most 1 - level. Returns (means, low, high, a).
+    (the baseline's draws, hard items) is not paid for k times. a is at most 1 - level. Contestants that `single` `[k]`
+    marks are themselves one more level of the first factor, see `crossed_interval`; all of them the same one. Returns
+    (means, low, high, a).
 
     Source: Westfall & Young 1993, ch. 2; Dudoit & van der Laan 2008, ch. 3.
 
@@ -129,14 +133,18 @@ def family_intervals(
     """
     means = margins[0].mean(axis=0)
     centred = [m - m.mean(axis=0) for m in margins]
-    error, df = _crossed_error(margins, [0.0] * len(margins))
+    lot = np.zeros(len(means)) if single is None else np.asarray(single, dtype=float)
+    extra = [lot, *[0.0] * (len(margins) - 1)]
+    error, df = _crossed_error(margins, extra)
     rng, least = np.random.Generator(np.random.Philox(key=seed)), []
     block = max(1, 4_000_000 // max(m.shape[0] * max(m.shape) for m in margins))
     for start in range(0, draws, block):
         count = min(block, draws - start)
         drawn = [rng.standard_normal((count, len(c), len(c))) @ (c / math.sqrt(len(c) - 1)) for c in centred]
-        own, freedom = _crossed_error(drawn, [0.0] * len(drawn))
-        moved = np.abs(np.sum([d.mean(axis=1) for d in drawn], axis=0))
+        own, freedom = _crossed_error(drawn, extra)
+        first = centred[0] / math.sqrt(len(centred[0]) - 1)
+        luck = lot * (rng.standard_normal((count, len(first))) @ first)
+        moved = np.abs(luck + np.sum([d.mean(axis=1) for d in drawn], axis=0))
         t = np.divide(moved, own, out=np.zeros_like(own), where=own > 0)
         least.append(2 * stats.t.sf(t, freedom).min(axis=1))
     a = min(1 - level, float(np.quantile(np.concatenate(least), 1 - level)))

@@ -24,7 +24,8 @@ interval over random draws, seeds and judged documents. **Together**: the interv
 table at once (minP), for among many one is lucky; its verdict is the one to quote. **Best**: `=` marks those whose gain
 cannot be told from the largest one's, by intervals that hold together. **Own**: share of the chosen tokens that are
 sound documents of the target's domains. **Cost**: work of scoring, in trainings of one arm; 0 where only words are
-read. The *oracle* reads the truth of the pool and is no method.
+read. The *oracle* reads the truth of the pool and is no method. †: more than half of the selection fell by lot among
+equal scores, as where a filter drops nothing; the luck of that draw is in the intervals.
 """
 
 
@@ -98,6 +99,7 @@ def _cells(table: dict[str, Any], row: dict[str, Any], own: list[str], damaged: 
     together = family["entries"].get(row["name"])
     mark = "**=**" if row["name"] == family["best"] else "=" if row["name"] in family["tied"] else ""
     shown = f"*{name}*" if row["oracle"] else name
+    shown += " †" if row.get("by_lot", 0) > 0.5 else ""
     if row["of_budget"] < 0.98:
         shown += f" ({row['of_budget']:.0%} of the budget)"
     gain = "0" if row["ci"] is None else _gain(row["gain"], row["ci"])
