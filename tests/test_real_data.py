@@ -51,7 +51,7 @@ def test_exact_duplicates_of_real_documents_are_found_and_nothing_else(mixed):
     pool, _ = mixed
     scorer = ExactDup()
     state = scorer.init(SimpleNamespace(pool=pool))  # type: ignore[arg-type]
-    scores = scorer.score(state, SimpleNamespace(ids=pool.ids))  # type: ignore[arg-type]
+    scores = scorer.score(state, SimpleNamespace(ids=pool.ids))[:, 0]  # type: ignore[arg-type]
     classes: dict[str, list[bytes]] = {}
     for identity, text in zip(pool.ids.tolist(), pool.column("text"), strict=True):
         classes.setdefault(" ".join(text.lower().split()), []).append(identity)
