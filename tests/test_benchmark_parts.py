@@ -232,3 +232,34 @@ def test_arms_of_descent_can_be_made_and_share_a_budget(parts, tmp_path):
     own = {name: arms[name].recipe["seed"] for name in ("metagrad", "mgd")}
     judged = {world.recipe.seed * 1000 + k for k in range(world.seeds)}
     assert not set(own.values()) & judged, "who chooses never trains at a seed that is judged"
+
+
+def test_recall_by_decile_is_held_against_the_curve(parts):
+    module = parts("duplicates")
+    rng = np.random.default_rng(0)
+    alike = rng.uniform(0.5, 1.0, 4000)
+    promised = 1 - (1 - alike**8) ** 14
+    fair = module.by_decile(alike, rng.random(4000) < promised, 1.0)
+    assert [row["pairs"] for row in fair] == [400] * 10 and all(row["within_3_sd"] for row in fair)
+    order = np.argsort(alike)
+    for tenth, row in enumerate(fair):
+        part = order[400 * tenth : 400 * (tenth + 1)]
+        assert row["expected"] == pytest.approx(promised[part].mean())
+        assert row["sd"] == pytest.approx(np.sqrt((promised[part] * (1 - promised[part])).sum()) / 400)
+    lazy = module.by_decile(alike, rng.random(4000) < promised * 0.8, 1.0)
+    assert not any(row["within_3_sd"] for row in lazy[3:])
+
+
+def test_further_rounds_of_a_pool_are_near_copies(parts, tmp_path):
+    import pyarrow as pa
+
+    from assay.core.pool import Pool
+
+    module = parts("duplicates")
+    rng = np.random.default_rng(0)
+    texts = [" ".join("".join(rng.choice(list("abcdef"), 5)) for _ in range(120)) for _ in range(20)]
+    table = pa.table({"id": [f"d{i}" for i in range(20)], "text": texts, "domain": ["x"] * 20})
+    found = Pool.open(module.write_pool(tmp_path / "pool", table, rounds=3)).column("text")
+    assert found[:20] == texts and len(set(found)) == 60
+    for first, again in zip(texts, found[20:40], strict=True):
+        assert 0.6 < module.jaccard(module.shingles(first), module.shingles(again)) < 1

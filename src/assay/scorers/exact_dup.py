@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,25 +36,33 @@ def keys(values: Sequence[Any]) -> np.ndarray:
 
     ASCII, by far the commonest, is made normal for all texts at once; the others one by one.
     """
-    texts = {i: _encoded(v) for i, v in enumerate(values) if not isinstance(v, bytes)}
-    joined = np.frombuffer(b"".join(texts.values()).translate(_PLAIN), dtype=np.uint8)
-    ends = np.cumsum([0, *map(len, texts.values())])
+    if all(isinstance(v, bytes) for v in values):
+        raw, stops = b"".join(values), np.cumsum([0, *map(len, values)])
+        starts, stops = stops[:-1], stops[1:]
+    else:
+        raw, starts, stops = _normal([v if isinstance(v, str) else str(v) for v in values])
+    digest = xxhash.xxh3_128_digest
+    found = b"".join([digest(raw[a:b]) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)])
+    return np.where((starts == stops)[:, None], np.uint64(0), np.frombuffer(found, dtype=np.uint64).reshape(-1, 2))
+
+
+def _normal(texts: list[str]) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """All texts in normal form, one after the other, and where each begins and ends."""
+    plain = [t.encode() if t.isascii() else normal(t).encode("utf-8", "surrogatepass") for t in texts]
+    joined = np.frombuffer(b"".join(plain).translate(_PLAIN), dtype=np.uint8)
+    ends = np.cumsum([0, *map(len, plain)])
     space = joined == SPACE
     kept = ~space
     kept[1:] |= ~space[:-1]  # of white space, what follows something else
     # What begins a text follows the text before it: there white space goes, whatever that one ended with.
-    begins = ends[:-1][np.diff(ends) > 0]
+    begins = ends[:-1][ends[:-1] < ends[1:]]
     kept[begins] = ~space[begins]
-    raw = joined[kept].tobytes()
-    counts = (ends - np.searchsorted(np.flatnonzero(~kept), ends)).tolist()
-    whole = dict(zip(texts, (raw[a:b].rstrip(b" ") for a, b in zip(counts, counts[1:], strict=False)), strict=True))
-    digests = [xxhash.xxh3_128_digest(d) if d else bytes(16) for d in (whole.get(i, v) for i, v in enumerate(values))]
-    return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
-
-
-def _encoded(value: Any) -> bytes:
-    text = value if isinstance(value, str) else str(value)
-    return text.encode() if text.isascii() else normal(text).encode("utf-8", "surrogatepass")
+    out = joined[kept]
+    ends -= np.searchsorted(np.flatnonzero(~kept), ends)
+    starts, stops = ends[:-1], ends[1:].copy()
+    some = starts < stops
+    stops[some] -= out[stops[some] - 1] == SPACE
+    return out.tobytes(), starts, stops
 
 
 class ExactDup(Scorer):
@@ -125,8 +134,20 @@ def _block(job: tuple[ExactDup, Any], start: int) -> np.ndarray:
     """Keys of the documents from `start` on, `[b, 2]`."""
     method, pool = job
     part = pool.at(slice(start, start + BLOCK))
-    read = (shard.column(method.column) for shard in part.shards(ROWS))
-    return np.concatenate([keys(values[at : at + FEW]) for values in read for at in range(0, len(values), FEW)])
+    found: list[np.ndarray] = []
+    shards = part.shards(ROWS)
+
+    def read() -> list[Any]:
+        shard = next(shards, None)
+        return [] if shard is None else shard.column(method.column)
+
+    # The next documents are read and unpacked while these are hashed: much of both leaves Python's lock alone.
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(read)
+        while values := waiting.result():
+            waiting = thread.submit(read)
+            found += [keys(values[at : at + FEW]) for at in range(0, len(values), FEW)]
+    return np.concatenate(found)
 
 
 def repeated(found: np.ndarray) -> np.ndarray:

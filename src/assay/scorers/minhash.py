@@ -186,7 +186,8 @@ def signatures(hashes: np.ndarray, ends: np.ndarray, count: int, seed: int) -> n
         ) from error
     if len(ends) == 1:
         return np.zeros((0, count), dtype=np.uint32)
-    made = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, ends.astype(np.uint64), count, seed)
+    library: Any = rensa  # compiled, without types
+    made = library.RMinHash.digest_matrix_from_flat_token_hashes(hashes, ends.astype(np.uint64), count, seed)
     flat = chain.from_iterable(made.to_rows())
     return np.fromiter(flat, dtype=np.uint32, count=(len(ends) - 1) * count).reshape(-1, count)
 
