@@ -46,17 +46,38 @@ def test_arms_differ_in_order_alone(tmp_path: Path) -> None:
     )
     result = run_study(asked, tmp_path / "run", workers=1)
     plain = Selection.open(tmp_path / "run" / "selections" / "plain")
-    recipe = Recipe(steps=6, terms_per_step=20, seed=0)
-    visits = Counter(plain.ids[k] for b in islice(steps(recipe, plain, np.ones(60, dtype=int)), 6) for k in b)
-    orders = {name: Selection.open(tmp_path / "run" / "orders" / name) for name in ("phases", "back", "easy")}
-    for name, order in orders.items():
-        assert order.ordered and Counter(order.ids.tolist()) == visits
-        chosen = Selection.open(tmp_path / "run" / "selections" / name)
-        assert np.array_equal(chosen.ids, plain.ids) and not chosen.ordered
-    assert np.array_equal(orders["back"].ids, orders["phases"].ids[::-1])
+    for seed in range(2):
+        recipe = Recipe(steps=6, terms_per_step=20, seed=seed)
+        visits = Counter(plain.ids[k] for b in islice(steps(recipe, plain, np.ones(60, dtype=int)), 6) for k in b)
+        orders = opened(tmp_path / "run", seed)
+        for name, order in orders.items():
+            assert order.ordered and Counter(order.ids.tolist()) == visits
+            chosen = Selection.open(tmp_path / "run" / "selections" / name)
+            assert np.array_equal(chosen.ids, plain.ids) and not chosen.ordered
+        assert np.array_equal(orders["back"].ids, orders["phases"].ids[::-1])
     losses = {arm["name"]: arm["judged_loss"] for arm in result["arms"]}
-    assert len({losses[name] for name in ("plain", *orders)}) == 4
+    assert len({losses[name] for name in ("plain", "phases", "back", "easy")}) == 4
     assert result["study"]["arms"][-1]["order"] == {"name": "loss_sorted"} and "order" not in result["study"]["arms"][1]
+
+
+def opened(run: Path, seed: int) -> dict[str, Selection]:
+    """What each ordered arm is trained on at a seed."""
+    return {path.name: Selection.open(path / str(seed)) for path in sorted((run / "orders").iterdir())}
+
+
+def test_an_order_is_drawn_anew_for_each_seed(tmp_path: Path) -> None:
+    """So that the interval knows of its luck; what is shuffled is then the very training of an arm without an order."""
+    again = {"name": "shuffled", "seed": 7}
+    arms = [("plain", None), ("same", "shuffled"), ("other", again), ("late", "anneal"), ("hard", "loss_sorted")]
+    asked = study([{"name": n, "method": PHASED, **({"order": o} if o else {})} for n, o in arms])
+    result = run_study(asked, tmp_path / "run", workers=1)
+    first, second = (opened(tmp_path / "run", seed) for seed in range(2))
+    assert all(not np.array_equal(first[name].ids, second[name].ids) for name in ("same", "other", "late"))
+    found = {arm["name"]: arm for arm in result["arms"]}
+    assert found["same"]["judged_loss"] == found["plain"]["judged_loss"] and found["same"]["ci"] == found["plain"]["ci"]
+    assert found["other"]["judged_loss"] != found["plain"]["judged_loss"], "a seed of its own is another draw"
+    late = [sorted(o["late"].ids[-36:].tolist()) for o in (first, second)]
+    assert late[0] == late[1], "the best come last at both seeds, though in another sequence"
 
 
 def test_orders_are_refused_where_they_cannot_be(tmp_path: Path) -> None:

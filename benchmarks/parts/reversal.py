@@ -5,7 +5,8 @@
 `train` is the trainer's own step (gradient, clipping, update). `step-only`: `replay.reverse` with 1 target and with 16.
 `sqrt-1-target` and `log-1-target`: a whole sweep of 256 steps by the tree of 16 branches, less its training; and what
 the tree of two costs, by its exact number of restored steps at the price of a training step. `sqrt-16-targets`: as
-the last, a target. Memory: by how much more a sweep of 16 branches grows a process of its own than one of two.
+the last, a target. Memory, of a sweep of 2 or of 16 branches, in memory or on disk: `seen`, the most bytes of tensors
+alive at once, `formula` (parts/live.py), and `process`, by how much the process grows, with what its allocator keeps.
 bergson's `magic` is timed as a process, less its `train` of the same documents: as many steps of as many documents.
 """
 
@@ -136,33 +137,27 @@ def _steps(place: World, folder: Path, steps: int, quick: bool) -> list[Row]:
 
 
 def _peaks(folder: Path, quick: bool) -> list[Row]:
-    """Bytes by which a sweep of 16 branches is larger than one of two, and those that the formula says."""
-    from assay.numerics.tree import exact_costs
-
+    """The most bytes of a sweep with its states in memory or on disk, and those that the formula says."""
     steps = 16 if quick else 64
-    place = world(folder / "small", 2 * steps)
-    found = {}
-    for branch in (2, 16):
+    place, made = world(folder / "small", 2 * steps), []
+    for branch, where in ((2, "memory"), (16, "memory"), (16, "disk")):
         text = subprocess.run(
-            [sys.executable, __file__, "--peak", str(place.model), str(place.documents), str(steps), str(branch)],
-            check=True, capture_output=True, text=True,
+            [sys.executable, __file__, "--peak", str(place.model), str(place.documents), str(steps), str(branch),
+             where], check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        found[branch] = json.loads(text.splitlines()[-1])
-    seen = float(found[16]["peak"] - found[2]["peak"])
-    more = exact_costs(steps, 16)[1] - exact_costs(steps, 2)[1]
-    said = float(more * found[2]["state"])
-    return [
-        row("metagrad", "cost-memory", "seen", "bytes", np.array([seen]), 0.0),
-        row("metagrad", "cost-memory", "formula", "bytes", np.array([said]), 0.0),
-    ]
+        for name, value in json.loads(text.splitlines()[-1]).items():
+            made.append(row("metagrad", "cost-memory", f"{branch}-{where}-{name}", "bytes", np.array([value]), 0.0))
+    return made
 
 
-def peak(model: str, documents: str, steps: int, branch: int) -> None:
-    """By how much this process grows in a sweep, and the bytes of one state."""
+def peak(model: str, documents: str, steps: int, branch: int, where: str) -> None:
+    """The most bytes of tensors in a sweep, those that the formula says, and by how much this process grows."""
     import psutil
     import torch
+    from benchmarks.parts import live
 
     from assay.core.progress import Progress
+    from assay.train.adjoint import Adjoint
     from assay.train.replay import metagradient, reverse
 
     class Watch(Progress):
@@ -175,16 +170,21 @@ def peak(model: str, documents: str, steps: int, branch: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         made, inputs = training(World("small", Path(model), Path(documents), ()), Path(name), steps)
         state, objective = made.initial(), slopes(made, inputs, 1)
-        from assay.train.adjoint import Adjoint
-
         # Once through everything, so that what the libraries keep for themselves is there before.
-        zeros = Adjoint.of(made.recipe, [torch.zeros_like(p)[None] for p in state.params])
-        reverse(made, made.advance(state, 0), 1, zeros)
+        live.made_once(made)
+        reverse(
+            made, made.advance(state, 0), 1, Adjoint.of(made.recipe, [torch.zeros_like(p)[None] for p in state.params])
+        )
         objective(made.named(state))
         before, watch = psutil.Process().memory_info().rss, Watch()
-        metagradient(made, objective, branch=branch, progress=watch)
-    size = sum(p.numel() * p.element_size() for p in [*state.params, *(s for v in state.slots.values() for s in v)])
-    print(json.dumps({"peak": watch.most - before, "state": size}))
+        metagradient(made, objective, branch=branch, progress=watch, path=_kept(name, "first", where))
+        seen = live.most(lambda: metagradient(made, objective, branch=branch, path=_kept(name, "second", where)))
+        said = live.foretold(made, branch, 1, on_disk=where == "disk")
+    print(json.dumps({"seen": float(seen), "formula": said, "process": float(watch.most - before)}))
+
+
+def _kept(folder: str, name: str, where: str) -> Path | None:
+    return Path(folder) / name if where == "disk" else None
 
 
 def _peer(place: World, folder: Path, steps: int, python: Path | None, threads: int) -> list[Row]:
@@ -229,8 +229,8 @@ def _peer(place: World, folder: Path, steps: int, python: Path | None, threads: 
 
 if __name__ == "__main__":
     if "--peak" in sys.argv:
-        model, documents, steps, branch = sys.argv[sys.argv.index("--peak") + 1 :]
-        peak(model, documents, int(steps), int(branch))
+        model, documents, steps, branch, where = sys.argv[sys.argv.index("--peak") + 1 :]
+        peak(model, documents, int(steps), int(branch), where)
     else:
         for line in rows("--quick" in sys.argv, 1, Path(os.environ.get("ASSAY_PEERS", "/nonexistent"))):
             print(line)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -332,25 +333,31 @@ def train_arms(job: Job) -> None:
     budget = job.budget.amount if job.budget.unit == "tokens" else float(job.sizes.mean()) * job.budget.amount
     steps = spec.steps or max(1, math.ceil(spec.repeats * budget / spec.recipe.terms_per_step))
     job.recipe = spec.recipe.model_copy(update={"steps": steps, "seed": job.study.seed})
-    trained = {name: _in_order(job, name) if name in job.orders else s for name, s in job.selections.items()}
+    trained: dict[str, Selection | list[Selection]] = dict(job.selections)
+    trained |= {name: _in_order(job, name) for name in job.orders}
     job.judged = paired_training(
         job.run, task, job.pool, job.encodings, job.target.judging, trained, job.recipe,
         seeds=job.study.verify.seeds, workers=job.workers, progress=job.progress,
     )  # fmt: skip
 
 
-def _in_order(job: Job, name: str) -> Selection:
-    """All visits of an arm's training, in the arm's order; kept beside its selection."""
+def _in_order(job: Job, name: str) -> list[Selection]:
+    """All visits of an arm's training at each seed, in the arm's order; kept beside its selection.
+
+    What an order leaves to chance is drawn for each seed anew, so that the interval knows of it.
+    """
     from assay import ordering
+    from assay.verify import seeded
 
     scores = job.measurer.table(job.methods[name])
     terms = Table(job.pool.ids, ["terms"], job.sizes[:, None])
     losses = (lambda: job.measurer.table(make(Scorer, "loss"))) if job.proxies else None
-    made = ordering.fitted(
-        job.selections[name], job.recipe, lambda ids: terms.align(ids).values[:, 0],
-        lambda visits: ordering.ordered(job.orders[name], visits, scores, terms, losses),
-    )  # fmt: skip
-    made.save(job.run.path / "orders" / name)
+    made = []
+    for number in range(job.study.verify.seeds):
+        own = seeded(job.recipe, number)
+        order = partial(ordering.ordered, job.orders[name], scores=scores, sizes=terms, losses=losses, seed=own.seed)
+        made.append(ordering.fitted(job.selections[name], own, lambda ids: terms.align(ids).values[:, 0], order))
+        made[-1].save(job.run.path / "orders" / name / str(number))
     return made
 
 

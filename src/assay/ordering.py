@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from assay.core.errors import InputError, nearest
-from assay.core.keys import hash_ids
+from assay.core.keys import digest, hash_ids
 from assay.core.selection import Selection
 from assay.core.table import Table
 
@@ -264,10 +264,15 @@ def parse(order: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def ordered(
-    order: Any, selection: Selection, scores: Table, sizes: Table, losses: Callable[[], Table] | None = None
-) -> Selection:
+    order: Any, selection: Selection, scores: Table, sizes: Table, losses: Callable[[], Table] | None = None, *,
+    seed: int = 0,
+) -> Selection:  # fmt: skip
     """The selection after all orders of a study, read from the arm's own scores, and from the scoring model's losses
-    where an order asks for them; `sizes` has the terms of each id."""
+    where an order asks for them; `sizes` has the terms of each id.
+
+    What an order leaves to chance is keyed by `seed`, the one that is trained at; by both where the study gives a seed
+    of its own, which then names another draw and not one draw for all.
+    """
     for name, options in parse(order):
         function, needs = ORDERS[name]
         given: list[np.ndarray] = []
@@ -282,5 +287,8 @@ def ordered(
             given = [losses().align(selection.ids).values[:, 0].astype(np.float64)]
         if name in ("anneal", "best_phase"):
             given.append(sizes.align(selection.ids).values[:, 0])
+        if "seed" in inspect.signature(function).parameters:
+            own = options.get("seed", 0)
+            options = options | {"seed": int(digest("order", own, seed)[:8], 16) if own else seed}
         selection = function(selection, *given, **options)
     return selection

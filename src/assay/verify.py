@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,22 +72,29 @@ def judged(folder: Path) -> dict[str, np.ndarray]:
     return {entry["metric"]: np.array(entry["values"]) for entry in map(json.loads, lines)}
 
 
+def seeded(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe of the judged trainings at the seed of this number."""
+    return recipe.with_seed(recipe.seed * 1000 + seed)
+
+
 def paired_training(
-    run: Run, task: Task, pool: Pool, encodings: Mapping[str, Path], judging: Pool, selections: Mapping[str, Selection],
-    recipe: Recipe, *, seeds: int, workers: int = 1, progress: Progress | None = None,
+    run: Run, task: Task, pool: Pool, encodings: Mapping[str, Path], judging: Pool,
+    selections: Mapping[str, Selection | Sequence[Selection]], recipe: Recipe, *, seeds: int, workers: int = 1,
+    progress: Progress | None = None,
 ) -> dict[str, list[dict[str, np.ndarray]]]:  # fmt: skip
     """Train every arm at the same `seeds` seeds; returns per-item numbers by arm, a list over seeds.
 
     Pairing: at one seed all arms start from the same weights, and the order of two arms' common examples has one key.
     What was trained does not depend on what judges it: another target finds the trainings of equal selections made.
+    An arm that says itself in which order it is trained on has a Selection for each seed.
     """
     progress = progress or Progress()
     bench = Bench(task, encodings[pool.fingerprint], encodings[judging.fingerprint])
     made: dict[tuple[str, int], _Made] = {}
     missing: dict[Path, tuple[Job, _Made]] = {}
     for seed in range(seeds):
-        for arm, selection in selections.items():
-            own = recipe.with_seed(recipe.seed * 1000 + seed)
+        for arm, given in selections.items():
+            own, selection = seeded(recipe, seed), given if isinstance(given, Selection) else given[seed]
             key = {
                 "task": task.describe(), "pool": pool.fingerprint, "recipe": own.spec(),
                 "selection": selection.fingerprint,

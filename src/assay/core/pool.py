@@ -231,6 +231,19 @@ def positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return index
 
 
+def among(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each wanted id stands in the sorted ids `known`, and whether it is there at all; what is not has a place
+    that means nothing.
+
+    >>> among(np.array([b"a", b"c"]), np.array([b"c", b"b", b"d"]))[1].tolist()
+    [True, False, False]
+    """
+    if not len(known):
+        return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
+    where = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return where, known[where] == wanted
+
+
 class _Seen:
     """Which 16-byte keys were met: sorted runs of numpy arrays, of doubling lengths."""
 
@@ -241,7 +254,7 @@ class _Seen:
         """Which of these were added before, `[n]` bool."""
         found = np.zeros(len(keys), dtype=bool)
         for run in self.runs:
-            found |= run[np.minimum(np.searchsorted(run, keys), len(run) - 1)] == keys
+            found |= among(run, keys)[1]
         return found
 
     def add(self, keys: np.ndarray) -> None:

@@ -67,10 +67,12 @@ class Tree(Generic[S]):
         `starts` is emptied; `above` states are kept elsewhere."""
         while starts:
             low, state = starts.pop()
-            self._range(low, min(high, self.until), state, above + len(starts))
+            self.span(low, high, state, above + len(starts))
             high = low
 
-    def _range(self, low: int, high: int, state: S, above: int) -> None:
+    def span(self, low: int, high: int, state: S, above: int = 0) -> None:
+        """Visit, from the right, the steps low..high from the state before the first of them."""
+        high = min(high, self.until)
         if high <= low:
             return
         if high - low == 1:

@@ -8,6 +8,7 @@ import numpy as np
 
 from assay.core.keys import digest
 from assay.core.method import Batch, Context, Cost, Count, NonNegative, Positive, Scorer, Targets, target_columns
+from assay.core.pool import among
 from assay.train.recipe import Recipe, overlaid
 
 # Seeds of the trainings, away from those of the scoring models and of verification.
@@ -85,8 +86,8 @@ class Datamodel(Scorer):
 
     def score(self, state: Any, batch: Batch) -> Any:
         _, ids, scores = state
-        where = np.minimum(np.searchsorted(ids, batch.ids), len(ids) - 1)
-        return np.where((ids[where] == batch.ids)[:, None], scores[where], 0.0)
+        where, known = among(ids, batch.ids)
+        return np.where(known[:, None], scores[where], 0.0)
 
 
 def fit(masks: np.ndarray, f_mq: np.ndarray, options: Datamodel) -> np.ndarray:

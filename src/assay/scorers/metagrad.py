@@ -23,6 +23,7 @@ from assay.core.method import (
     batch_places,
     target_columns,
 )
+from assay.core.pool import among
 from assay.train.recipe import Recipe, overlaid
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Metagrad(Scorer):
             columns = (*columns, *(f"phase {p + 1}" for p in range(self.phases)))
         rows = np.flatnonzero(~np.isin(context.pool.ids, context.barred))
         trainings = self._trainings(context, rows)
-        visits = [_visits(t, self._since(t.recipe.steps), self.phases) for t in trainings]
+        visits = [t.visits(self._since(t.recipe.steps), self.phases) for t in trainings]
         insert = self._insertions(context, trainings[0].recipe.steps, np.min(visits, axis=0))
         sizes, n = context.encoded(context.pool).sizes, len(context.pool)
         scores, pushes = np.zeros((0 if insert else n, len(columns))), []
@@ -136,8 +137,7 @@ class Metagrad(Scorer):
         return state.columns
 
     def score(self, state: _State, batch: Batch) -> Any:
-        where = np.searchsorted(state.ids, batch.ids)
-        known = state.ids[np.minimum(where, len(state.ids) - 1)] == batch.ids
+        where, known = among(state.ids, batch.ids)
         if not known.all():
             raise InputError("metagrad: there are examples that were not trained on", fix="score the pool itself")
         if not state.pushes:
@@ -198,14 +198,6 @@ class Metagrad(Scorer):
                 "steps", steps=count,
             )  # fmt: skip
         return [since + int((j + 0.5) * (steps - since) / count) for j in range(count)]
-
-
-def _visits(training: Training, since: int, phases: int) -> np.ndarray:
-    """How often each example is visited in each of the phases, `[P, n]`."""
-    found, steps = np.zeros((phases, len(training.rows)), dtype=np.int64), training.recipe.steps
-    for step in range(since, steps):
-        np.add.at(found[(step - since) * phases // (steps - since)], training.batches[step], 1)
-    return found
 
 
 @dataclass(frozen=True)

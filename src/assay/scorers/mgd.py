@@ -15,6 +15,7 @@ import pydantic
 from assay.core.errors import InputError
 from assay.core.keys import digest_ids, hash_ids, shuffled, uniform
 from assay.core.method import Batch, Context, Cost, Count, NonNegative, Positive, Scorer
+from assay.core.pool import among
 from assay.train.recipe import Recipe, overlaid
 
 if TYPE_CHECKING:
@@ -147,8 +148,7 @@ class Mgd(Scorer):
         )  # fmt: skip
 
     def score(self, state: _State, batch: Batch) -> Any:
-        where = np.searchsorted(state.ids, batch.ids)
-        known = state.ids[np.minimum(where, len(state.ids) - 1)] == batch.ids
+        where, known = among(state.ids, batch.ids)
         if not known.all():
             raise InputError("mgd: there are examples that it did not see", fix="score the pool itself")
         return state.scores[where]
@@ -371,7 +371,7 @@ class _Descent:
         added = Additions(context.task, names, slow, pushes, training.recipe.terms_per_step)
         utility = np.zeros(len(self.ids))
         for batch in context.batches(context.pool):
-            where = np.searchsorted(self.ids, batch.ids)
+            where, _ = among(self.ids, batch.ids)
             own = np.flatnonzero(self.folds[where] == fold)
             if len(own):
                 inputs = {name: x[own] for name, x in batch.inputs.items()}

@@ -27,6 +27,11 @@ class Adjoint:
         names = {"sgd": (), "momentum": ("momentum",), "adamw": ("mean", "square")}[recipe.optimiser]
         return cls(slopes, {name: [torch.zeros_like(p) for p in slopes] for name in names})
 
+    def contiguous(self) -> Adjoint:
+        """In the one layout in which it is also kept: of another, a product may differ in its last bit."""
+        slots = {name: [p.contiguous() for p in values] for name, values in self.slots.items()}
+        return Adjoint([p.contiguous() for p in self.params], slots)
+
 
 def clip_back(grads: list[Tensor], limit: float, push: list[Tensor]) -> list[Tensor]:
     """The adjoint of `optim.clip` at the gradients that it was given.

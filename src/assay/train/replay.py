@@ -100,6 +100,17 @@ class Training:
         terms = min(self.recipe.terms_per_step, int(self.encoded.sizes[self.rows].sum()))
         return self.task.training_flops(np.asarray(self.encoded.sizes[self.rows]), terms) < TOGETHER
 
+    def visits(self, since: int = 0, phases: int = 1) -> np.ndarray:
+        """How often each example is visited in each of `phases` equal spans of the steps from `since` on, `[P, n]`."""
+        found = np.zeros((phases, len(self.selection)), dtype=np.int64)
+        for step in range(since, self.recipe.steps):
+            np.add.at(found[self.phase(step, since, phases)], self.batches[step], 1)
+        return found
+
+    def phase(self, step: int, since: int, phases: int) -> int:
+        """Which of `phases` equal spans of the steps from `since` on a step is in."""
+        return (step - since) * phases // (self.recipe.steps - since)
+
     def key(self) -> str:
         start = loop.fingerprint(self.start) if self.start is not None else ""
         return digest(
@@ -171,10 +182,7 @@ def reverse(training: Training, state: State, step: int, after: Adjoint) -> Back
     dots = np.zeros((len(batch), len(push[0])))
     while parts:
         part = parts.pop()
-        *products, own = part.products(push, training.together)
-        for held, product in zip(before.params, products, strict=True):
-            held += product
-        dots[part.block] = own.T.double().numpy()
+        dots[part.block] = part.back(push, before.params, training.together).T.double().numpy()
     return Back(before, dots, push)
 
 
@@ -187,20 +195,25 @@ class _Part:
     weights: Tensor
     grads: list[Tensor]
 
-    def products(self, push: list[Tensor], together: bool) -> list[Tensor]:
-        """grad <g, a_k> to each leaf and to the data weights, `[k, ...]`."""
+    def back(self, push: list[Tensor], held: list[Tensor], together: bool) -> Tensor:
+        """Adds grad <g, a_k> of each leaf to `held`, `[k, *shape]`; returns that of the data weights, `[k, b]`."""
         inputs = [*self.leaves, self.weights]
         rows = [(g, a) for g, a in zip(self.grads, push, strict=True) if g.requires_grad]
         grads, given = [g for g, _ in rows], [a for _, a in rows]
-        count = len(push[0])
+        count, found = len(push[0]), []
         how: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
         if together and count > 1:
-            return list(torch.autograd.grad(grads, inputs, given, is_grads_batched=True, **how))
-        found = []
+            *products, own = torch.autograd.grad(grads, inputs, given, is_grads_batched=True, **how)
+            for total, product in zip(held, products, strict=True):
+                total += product
+            return own
         for k in range(count):
             how["retain_graph"] = k + 1 < count
-            found.append(torch.autograd.grad(grads, inputs, [a[k] for a in given], **how))
-        return [torch.stack(each) for each in zip(*found, strict=True)] if count > 1 else [x[None] for x in found[0]]
+            *products, own = torch.autograd.grad(grads, inputs, [a[k] for a in given], **how)
+            for total, product in zip(held, products, strict=True):
+                total[k] += product
+            found.append(own)
+        return torch.stack(found)
 
 
 def _graphs(training: Training, state: State, step: int, batch: np.ndarray) -> list[_Part]:
@@ -230,8 +243,6 @@ class Metagradient:
 
     phases: np.ndarray
     """`[P, n, k]` float64: by visits in each of P equal spans of the differentiated steps; rows as the selection."""
-    visits: np.ndarray
-    """How often each example was visited in the differentiated steps, `[n]`."""
     pushes: dict[int, tuple[dict[str, Tensor], list[Tensor]]]
     """Of the steps asked for: weights before the step, and `Back.push`."""
     final: dict[str, Tensor]
@@ -256,7 +267,14 @@ def metagradient(
     The derivative is exact: that of the very run, order, batches, noise and all. `branch` is the k of the REPLAY tree
     (0: the square root of the number of steps, two levels); `since` > 0 differentiates through a suffix of training
     only, its earlier steps taken as given. With a `path` the states of the tree's first level are kept there, a killed
-    run goes on from what there is to the same bytes, and `path` is the caller's to remove.
+    run goes on from what there is to the same bytes, and `path` is the caller's to remove: a kill costs at most the
+    steps of one child of the tree in training; on the way back, a sixteenth of its steps and one child's replay.
+
+    Memory, with P the bytes of the trained weights, S = P (1 + slots) those of a state and k targets: N S + k S + P + W
+    at the most, for N = `exact_costs(T, branch)[1]` states (with a `path` those of one child alone: the tree's first
+    level is on disk), the adjoint, the trained weights, and one reversed step: W is another adjoint k S, twice k P on
+    their way to a clipped gradient, and the graphs of all its micro-batches. The first state, where it is in memory,
+    has the training's own weights: P less.
     Raises `InputError` when training diverges, or when a state that is restored is not the one that was trained.
     """
     sweep = _Sweep(training, objective, branch or _root(training.recipe.steps - since), since, phases, sorted(pushes),
@@ -280,6 +298,8 @@ class _Sweep:
     progress: Progress
     prints: dict[int, str] = field(default_factory=dict)
     """Hashes of the weights before each step, of the first run."""
+    adjoint: Adjoint = field(init=False)
+    """After the step that is reversed next."""
     asked: str = ""
     """The key of what is kept on the way back: of the run and of the slopes that it began from."""
 
@@ -302,37 +322,40 @@ class _Sweep:
         self.progress.begin("metagradient", 2 * steps - self.since, "train and differentiate")
         starts, last = self._forward()
         final = self.training.named(last)
+        del last  # its slots have no say any more, and a sweep is long
         slopes = self.objective(final)
         self.asked = digest(self.key, "adjoint", loop.fingerprint({"slopes": slopes}))
-        found = Metagradient(np.zeros((self.phases, n, slopes.shape[1])), np.zeros(n, dtype=np.int64), {}, final)
-        for step in range(self.since, steps):
-            np.add.at(found.visits, self.training.batches[step], 1)
-        sizes = [p.numel() for p in last.params]
-        given = [s.T.reshape(-1, *p.shape) for s, p in zip(slopes.split(sizes), last.params, strict=True)]
-        self._backward(found, starts, Adjoint.of(self.training.recipe, given))
+        found = Metagradient(np.zeros((self.phases, n, slopes.shape[1])), {}, final)
+        like = [final[n] for n in self.training.moved]
+        parts = slopes.split([p.numel() for p in like])
+        given = [s.T.reshape(-1, *p.shape).contiguous() for s, p in zip(parts, like, strict=True)]
+        # The one name that it has: each reversed step lets go of the adjoint after it.
+        self.adjoint = Adjoint.of(self.training.recipe, given)
+        del slopes, parts, given
+        self._backward(found, starts)
         self.progress.end()
         return found
 
     # Forward.
 
-    def _forward(self) -> tuple[list[tuple[int, State]], State]:
-        """States before the first-level children of the tree, and the last one."""
+    def _forward(self) -> tuple[list[tuple[int, State | None]], State]:
+        """States before the first-level children of the tree, None for those that are on disk; and the last one."""
         training, steps = self.training, self.training.recipe.steps
         stops = cuts(self.since, steps, self.branch)[:-1]
-        starts: list[tuple[int, State]] = []
+        starts: list[tuple[int, State | None]] = []
         state = training.initial()
         for stop in [*stops, steps] if self.path else []:
             kept = self._load(f"state-{stop}", stop)
             if kept is None:
                 break
-            state, begin = kept, stop
-            starts.append((begin, state))
+            state = kept
+            starts.append((stop, None))
         first = starts[-1][0] if starts else 0
         self.progress.skip(first)
         for step in range(first, steps):
             if step in stops and (not starts or starts[-1][0] != step):
                 self._keep(f"state-{step}", step, state)
-                starts.append((step, state))
+                starts.append((step, None if self.path else state))
             if step >= self.since:
                 self.prints[step] = self._print(state)
             state = training.advance(state, step)
@@ -374,13 +397,27 @@ class _Sweep:
 
     # Backward.
 
-    def _backward(self, found: Metagradient, starts: list[tuple[int, State]], last: Adjoint) -> None:
-        steps = self.training.recipe.steps
-        self.adjoint, until = self._resumed(found, last)
+    def _backward(self, found: Metagradient, starts: list[tuple[int, State | None]]) -> None:
+        high = steps = self.training.recipe.steps
+        until = self._resumed(found)
         self.progress.skip(steps - until)
         tree = Tree(self._again, partial(self._visit, found), self.branch, until)
-        tree.children(starts, steps)
+        while starts:
+            low, state = starts.pop()
+            if low < until:
+                tree.span(low, high, self._restored(low) if state is None else state, len(starts))
+            high = low
         found.restored, found.peak = tree.steps, tree.peak
+
+    def _restored(self, step: int) -> State:
+        state = self._load(f"state-{step}", step)
+        if state is None:
+            raise InputError(
+                f"the state that was kept before step {step} cannot be read", where=self.path,
+                why="it was written not long ago: the disk is at fault, or something else changed it",
+                fix="run the same again: what is whole is kept, and the rest is made anew",
+            )  # fmt: skip
+        return state
 
     def _again(self, state: State, step: int) -> State:
         after = self.training.advance(state, step)
@@ -396,8 +433,8 @@ class _Sweep:
     def _visit(self, found: Metagradient, state: State, step: int) -> None:
         steps = self.training.recipe.steps
         back = reverse(self.training, state, step, self.adjoint)
-        self.adjoint = back.adjoint
-        phase = (step - self.since) * self.phases // (steps - self.since)
+        self.adjoint = back.adjoint.contiguous()
+        phase = self.training.phase(step, self.since, self.phases)
         np.add.at(found.phases[phase], self.training.batches[step], back.weights)
         if step in self.wanted:
             found.pushes[step] = self.training.named(state), back.push
@@ -417,13 +454,13 @@ class _Sweep:
         held = loop.Trained(tensors, {}, [float(step)])
         loop.save(self.path / "adjoint.safetensors", held, self.asked)
 
-    def _resumed(self, found: Metagradient, last: Adjoint) -> tuple[Adjoint, int]:
-        """What a killed sweep left: the adjoint before a step, and that step."""
+    def _resumed(self, found: Metagradient) -> int:
+        """Take up what a killed sweep left: the adjoint before a step, and that step. Otherwise the end of training."""
         steps = self.training.recipe.steps
         file = self.path / "adjoint.safetensors" if self.path else None
         held = loop.load_if(file, self.asked) if file else None
         if held is None or held.params["phases"].shape != found.phases.shape:
-            return last, steps
+            return steps
         count, tensors = len(self.training.moved), held.params
 
         def read(name: str) -> list[Tensor]:
@@ -434,7 +471,8 @@ class _Sweep:
         for s in [s for s in self.wanted if s >= until]:
             named = self.training.named(State(read(f"weights.{s}"), {}))
             found.pushes[s] = named, read(f"push.{s}")
-        return replace(last, params=read("params"), slots={slot: read(slot) for slot in last.slots}), until
+        self.adjoint = replace(self.adjoint, params=read("params"), slots={s: read(s) for s in self.adjoint.slots})
+        return until
 
 
 def _write_prints(path: Path, prints: dict[int, str]) -> None:
