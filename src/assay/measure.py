@@ -37,7 +37,7 @@ PASSES = {"none": 0.0, "text": 0.0, "forward": 1.0, "gradient": 3.0, "retrain": 
 
 def uses_model(method: Method) -> bool:
     """Whether a method, or one it holds, needs the scoring models."""
-    return getattr(method, "cost", "none") not in ("none", "text") or any(uses_model(c) for c in method.children())
+    return method.uses_models or any(uses_model(c) for c in method.children())
 
 
 def family(method: Method) -> Iterator[Method]:

@@ -45,6 +45,9 @@ VECTORS = {
 # Options of methods that the worlds below cannot serve at their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "encoder": {"path": tiny_encoder, "context": 48},  # a function is called when the method is made
+    "fasttext": {"bucket": 5000, "dim": 8},  # small
+    "ask_llm": {"template": "{text} the", "yes": ["a"], "no": ["b"]},  # the context is short
+    "rho": {"recipe": {"steps": 20, "terms_per_step": 256, "lr": 1e-2}},  # these models have no recipe
     "trackstar": {"features": "gradients"},  # these models have no second moments
     "less": {"epochs": 1, "terms_per_step": 256},  # quick
     "tuned": {"grid": {"damping": [0.1, 1.0]}, "groups": 4, "steps": 2},  # quick
@@ -272,11 +275,19 @@ def test_fields_round_trip_through_json(kind: str, name: str) -> None:
     for option in dataclasses.fields(made):
         value = getattr(made, option.name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            changed = dataclasses.replace(made, **{option.name: 3})
+            changed = other_value(made, option.name)
             assert make(KINDS[kind], json.loads(json.dumps(changed.spec()))) == changed != made
     assert pickle.loads(pickle.dumps(made)) == made
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.anything = 1
+
+
+def other_value(made: Any, option: str) -> Any:
+    """With the option at 3, or at a quarter where it is a share."""
+    try:
+        return dataclasses.replace(made, **{option: 3})
+    except InputError:
+        return dataclasses.replace(made, **{option: 0.25})
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)

@@ -185,6 +185,11 @@ class Method:
         plain = {k: v.spec() if isinstance(v, Method) else v for k, v in fields.items()}
         return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}}
 
+    @property
+    def uses_models(self) -> bool:
+        """Whether it reads the scoring models, as its cost says; not where an option names a model of its own."""
+        return getattr(self, "cost", "none") not in ("none", "text")
+
     def children(self) -> list[Method]:
         """The methods held in fields: they are computed first."""
         values = [getattr(self, f.name) for f in dataclasses.fields(self)]

@@ -18,16 +18,19 @@ from assay.core.table import Table
 class Cut(Selector):
     """Bounds on columns first, then the highest scores while they fit in the budget.
 
-    Formula: order by s_i (temperature 0), or by z_i / temperature + G_i with z = standardised s,
-        G_i = -log(-log u_i), u_i keyed by id
+    Formula: order by s_i (temperature 0), or by z_i / temperature + G_i with z = standardised s (s itself without
+        `standardise`), G_i = -log(-log u_i), u_i keyed by id
     Reference: Gumbel top-k: Kool et al. 2019, arXiv:1903.06059
     Note: an example that does not fit is passed over and smaller ones may follow, so a token budget is missed by less
-        than the smallest example left; ties fall by a hash of the id, a fair draw that no file order changes
+        than the smallest example left; ties fall by a hash of the id, a fair draw that no file order changes. Scores
+        that are log weights, such as dsir's, are drawn without replacement in proportion to their weights at
+        temperature 1 and standardise = false
     """
 
     column: str = ""
     bounds: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
     temperature: NonNegative = 0.0
+    standardise: bool = True
     seed: int = 0
 
     def select(
@@ -58,8 +61,10 @@ class Cut(Selector):
     def _keys(self, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
         if not self.temperature or not len(values):
             return values
-        spread = values.std()
-        z = (values - values.mean()) / (spread if spread > 0 else 1.0)
+        z = values
+        if self.standardise:
+            spread = values.std()
+            z = (values - values.mean()) / (spread if spread > 0 else 1.0)
         return z / self.temperature - np.log(-np.log(uniform(ids, "gumbel", self.seed)))
 
     def _fill(

@@ -336,6 +336,19 @@ class CausalLM(_Pretrained):
         z = with_params(self.module, params, lambda module: core_of(module)(**_inputs(batch, form)).logits)
         return z if z.dtype == torch.float64 else z.float()
 
+    def logits_at(self, params: Params, batch: Inputs, places: Tensor) -> Tensor:
+        """Logits at one place of each row, `[b, vocab]`: where the model lets it, without those of the others."""
+
+        def call(module: nn.Module) -> Tensor:
+            model, form, rows = core_of(module), self._built[1], torch.arange(len(places))
+            if form.readout is None:
+                return model(**_inputs(batch, form)).logits[rows, places]
+            base: Callable[..., Any] = model.base_model  # type: ignore[assignment]
+            return form.readout(base(**_inputs(batch, form)).last_hidden_state[rows, places])
+
+        z = with_params(self.module, params, call)
+        return z if z.dtype == torch.float64 else z.float()
+
     def _nll(self, module: nn.Module, batch: Inputs) -> Tensor:
         model, form = core_of(module), self._built[1]
         if form.readout is not None:

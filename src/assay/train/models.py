@@ -225,6 +225,14 @@ class LanguageModel(Task):
         """Final hidden states, `[b, t, width]`."""
         return with_params(self.module, params, Decoder.hidden, batch["tokens"])
 
+    def logits_at(self, params: Params, batch: Inputs, places: Tensor) -> Tensor:
+        """Logits at one place of each row, `[b, vocab]`, without those of the others."""
+
+        def call(module: Decoder, tokens: Tensor) -> Tensor:
+            return module.head(module.hidden(tokens)[torch.arange(len(tokens)), places])
+
+        return with_params(self.module, params, call, batch["tokens"])
+
     def positions(self, batch: Inputs) -> Tensor:
         return batch["mask"]
 
