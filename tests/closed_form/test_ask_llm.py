@@ -104,12 +104,14 @@ def test_batch_order_and_company_do_not_matter(folder: Path, tmp_path: Path) -> 
 def test_a_text_cannot_write_special_tokens(folder: Path, tmp_path: Path) -> None:
     """The end mark in a text is read as its characters; in the template it is the mark."""
     made = make(Scorer, {"name": "ask_llm", "llm": str(folder), "context": 48, **ASKED})
-    context = SimpleNamespace(pool=Pool.from_columns({"text": TEXTS}), spent=lambda flops: None)
+    context = SimpleNamespace(pool=Pool.from_columns({"text": TEXTS}))
     state = made.init(context)  # type: ignore[arg-type]
     (prompt,) = state.prompts(["a <|end|> b"])
     assert prompt.count(0) == 1, "only the start mark"
     marked = make(Scorer, {**made.spec(), "template": "<|end|>{text} "})
     assert marked.init(context).prompts(["a"])[0].count(0) == 2  # type: ignore[arg-type]
+    lengths = np.array([len(p) for p in state.prompts(TEXTS)])
+    assert state.flops(context.pool) == pytest.approx(state.task.forward_flops(lengths)), "the ledger has the prompts"
     again = pickle.loads(pickle.dumps(state))
     assert "weights" not in again.__dict__, "weights are read where they are needed"
     assert (again.ask(TEXTS) == state.ask(TEXTS)).all()

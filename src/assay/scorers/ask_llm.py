@@ -12,6 +12,7 @@ import numpy as np
 from assay.core.errors import InputError
 from assay.core.keys import digest, shuffled
 from assay.core.method import Batch, Bounds, Context, Cost, Count, Scorer
+from assay.core.pool import Pool
 
 TEMPLATE = (
     "Text:\n{text}\n\nWould a language model that is trained on the text above learn something useful from it: facts, "
@@ -36,13 +37,12 @@ class AskLLM(Scorer):
         question up and the score says little. Not a measure of utility
     """
 
-    llm: str | None = None
+    llm: str = ""
     template: str = TEMPLATE
     yes: tuple[str, ...] = (" yes", " Yes")
     no: tuple[str, ...] = (" no", " No")
     context: Count = 1024
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
 
     cost: ClassVar[Cost] = "forward"
     unit: ClassVar[str] = "log-odds"
@@ -57,7 +57,7 @@ class AskLLM(Scorer):
 
     @property
     def uses_models(self) -> bool:
-        return self.llm is None
+        return not self.llm
 
     @property
     def presets(self) -> Mapping[str, Bounds]:
@@ -65,7 +65,7 @@ class AskLLM(Scorer):
 
     def code(self) -> str:
         """As of any method, and of the model that is named."""
-        return Scorer.code(self) if self.llm is None else digest(Scorer.code(self), self._named)
+        return digest(Scorer.code(self), self._named) if self.llm else Scorer.code(self)
 
     @cached_property
     def _named(self) -> Any:
@@ -75,7 +75,7 @@ class AskLLM(Scorer):
     def _task(self) -> Any:
         from assay.train.hf import CausalLM
 
-        return CausalLM(path=str(self.llm), context=self.context, dtype=self.dtype)
+        return CausalLM(path=self.llm, context=self.context, dtype=self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_task"}
@@ -84,7 +84,7 @@ class AskLLM(Scorer):
         return "score", "p_yes", "answered"
 
     def init(self, context: Context) -> _Asker:
-        task = self._task if self.llm is not None else context.task
+        task = self._task if self.llm else context.task
         if not hasattr(task, "logits_at"):
             raise InputError(
                 "ask_llm: the study's task is no language model", where="ask_llm",
@@ -92,14 +92,10 @@ class AskLLM(Scorer):
             )  # fmt: skip
         before, after = self.template.split("{text}")
         asker = _Asker(
-            task, None if self.llm is not None else list(context.models), before, after, self.yes, self.no,
+            task, None if self.llm else list(context.models), before, after, self.yes, self.no,
             min(self.context, getattr(task, "context", self.context)),
         )  # fmt: skip
         asker.check()
-        if self.llm is not None:
-            rows = np.sort(shuffled(context.pool.ids, "ask_llm", self.seed)[:COUNTED])
-            lengths = [len(prompt) for prompt in asker.prompts(context.pool.at(rows).column("text"))]
-            context.spent(task.forward_flops(np.array(lengths)) * len(context.pool) / len(rows))
         return asker
 
     def score(self, state: _Asker, batch: Batch) -> Any:
@@ -127,8 +123,14 @@ class _Asker:
 
     @property
     def passes(self) -> float:
-        """Forward passes over the prompt, in those over the text: of the scoring models; others are entered apart."""
-        return 1.0 if self.given is not None else 0.0
+        """None over the texts as they stand: `flops` counts the prompts."""
+        return 0.0
+
+    def flops(self, pool: Pool) -> float:
+        """Operations that a pool takes, by the prompts of some of it."""
+        rows = np.sort(shuffled(pool.ids, "ask_llm")[:COUNTED])
+        lengths = np.array([len(prompt) for prompt in self.prompts(pool.at(rows).column("text"))])
+        return len(self.weights) * self.task.forward_flops(lengths) * len(pool) / len(rows)
 
     @cached_property
     def weights(self) -> list[Any]:

@@ -18,7 +18,7 @@ import pydantic
 
 from assay.core.errors import InputError, nearest
 from assay.core.keys import digest, digest_file, digest_ids, hash_ids, shuffled, uniform, write_json
-from assay.core.method import Batch, Bounds, Context, Count, Positive, Scorer
+from assay.core.method import Batch, Bounds, Context, Count, FilePath, Positive, Scorer
 from assay.numerics.stats import auc
 
 Share = Annotated[float, pydantic.Field(gt=0, lt=1)]
@@ -52,9 +52,9 @@ class FastText(Scorer):
         their areas on texts held out are noted beside the classifier's
     """
 
-    positives: str | None = None
+    positives: FilePath = ""
     text: str = "text"
-    classifier: str | None = None
+    classifier: FilePath = ""
     label: str = GOOD
     features: Features = "words"
     negatives: Count = 10_000
@@ -84,12 +84,12 @@ class FastText(Scorer):
         return "score", "quantile"
 
     def init(self, context: Context) -> _Classifier:
-        if self.classifier is not None and (self.positives is not None or self.features != "words"):
+        if self.classifier and (self.positives or self.features != "words"):
             raise InputError(
                 "fasttext: a classifier that is given is not trained",
                 why=f"positives = {self.positives!r}, features = {self.features!r}", fix="leave both out",
             )  # fmt: skip
-        model = self._applied(context) if self.classifier is not None else self._trained(context)
+        model = self._applied(context) if self.classifier else self._trained(context)
         pool = context.pool
         rows = np.sort(shuffled(pool.ids, "fasttext", "quantiles", self.seed)[: self.sample])
         options = {k: v for k, v in self.spec().items() if k != "keep"}
@@ -118,7 +118,7 @@ class FastText(Scorer):
     # A classifier that is given.
 
     def _applied(self, context: Context) -> _Classifier:
-        file = _existing(str(self.classifier))
+        file = _existing(self.classifier)
         key = digest_file(file), self.label
 
         def build(part: Path) -> None:
@@ -158,14 +158,14 @@ class FastText(Scorer):
         """The file of positives, and the hash of what it says."""
         from assay.data import readers
 
-        source = readers.Source(paths=str(self.positives), text=self.text)
+        source = readers.Source(paths=self.positives, text=self.text)
         return source, readers.fingerprint(source)
 
     def _positives(self, context: Context) -> tuple[list[str], str]:
         """Texts of the good class, and what they are known by."""
         from assay.data import readers
 
-        if self.positives is None:
+        if not self.positives:
             return context.target.column("text"), context.target.fingerprint
         source, known = self._source()
         texts: list[str] = []
@@ -347,8 +347,8 @@ def _library(name: str = "fasttext") -> Any:
         ) from error
 
 
-def _existing(path: str | None) -> Path:
-    if path is None or not Path(path).is_file():
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
         raise InputError("no such file", where=path, fix="give the path of a fastText model, a *.bin")
     return Path(path)
 

@@ -32,7 +32,7 @@ class RHO(Scorer):
         small reference does worse on most texts. averaged over the scoring models
     """
 
-    reference: str | None = None
+    reference: str = ""
     epochs: Positive = 10.0
     recipe: dict[str, Any] | None = None
     seed: int = 0
@@ -45,11 +45,11 @@ class RHO(Scorer):
         return 2.0
 
     def training_terms(self, pool: float, target: float) -> float:
-        return 0.0 if self.reference is not None else self.epochs * target
+        return 0.0 if self.reference else self.epochs * target
 
     def code(self) -> str:
         """As of any method, and of the files of the model that is named."""
-        return Scorer.code(self) if self.reference is None else digest(Scorer.code(self), self._files)
+        return digest(Scorer.code(self), self._files) if self.reference else Scorer.code(self)
 
     @cached_property
     def _files(self) -> list[tuple[str, str]]:
@@ -60,10 +60,10 @@ class RHO(Scorer):
     def _folder(self) -> Path:
         from assay.train.pretrained import folder_of
 
-        return folder_of(str(self.reference), weights=True)
+        return folder_of(self.reference, weights=True)
 
     def init(self, context: Context) -> _State:
-        if self.reference is None:
+        if not self.reference:
             task, params = context.task, self._trained(context)
         elif self.recipe is not None:
             raise InputError("rho: a reference that is given is not trained", where="recipe", fix="leave recipe out")
