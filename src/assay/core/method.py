@@ -431,9 +431,8 @@ def find(kind: type[M], name: str) -> type[M]:
             return _load(kind, name)
         except ModuleNotFoundError as error:
             raise InputError(f"no module {name!r}", why=str(error), fix="check PYTHONPATH and the spelling") from error
-    names = listed(kind)
-    if name not in names:
-        raise InputError(f"unknown {kind.__name__.lower()} {name!r}", fix=nearest(name, names))
+    if name not in listed(kind):
+        raise InputError(f"unknown {kind.__name__.lower()} {name!r}", fix=nearest(name, listed(kind)))
     return _load(kind, f"{kind.package}.{name}")
 
 
