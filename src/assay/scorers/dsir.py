@@ -12,7 +12,6 @@ import numpy as np
 import xxhash
 
 from assay.core.method import Batch, Context, Count, Positive, Scorer
-from assay.numerics.project import splitmix64
 
 _WORD = re.compile(r"\w+|[^\w\s]+")
 # Words whose hashes are kept at hand while texts are read: beyond these, all are hashed anew.
@@ -82,6 +81,8 @@ class _Ratios:
 
     def read(self, texts: list[str]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         """For n-grams of 1, 2, ... words: the bucket of each, and the text that it stands in."""
+        from assay.numerics.project import splitmix64
+
         words = [_WORD.findall(t.lower()) for t in texts]
         lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
         hashes = self._hashes(words, int(lengths.sum()))

@@ -19,7 +19,6 @@ import pydantic
 from assay.core.errors import InputError, nearest
 from assay.core.keys import digest, digest_file, digest_ids, hash_ids, shuffled, uniform, write_json
 from assay.core.method import Batch, Bounds, Context, Count, FilePath, Positive, Scorer
-from assay.numerics.stats import auc
 
 Share = Annotated[float, pydantic.Field(gt=0, lt=1)]
 Features = Literal["words", "length", "punctuation"]
@@ -179,6 +178,8 @@ class FastText(Scorer):
 
     def _train(self, part: Path, good: list[str], other: list[str]) -> None:
         """Leave the model, and what is known of it by texts that it was not trained on."""
+        from assay.numerics.stats import auc
+
         sides = [self._split(texts) for texts in (good, other)]
         seen, unseen = [s for s, _ in sides], [u for _, u in sides]
         asked = [t for texts in unseen for t in texts]
