@@ -2,7 +2,7 @@
 # make test            the tests that take seconds; make test-slow: the others
 # make lint            style, types, and whether the generated pages are up to date
 # make league          the league's tables on all tracks (see docs/league.md)
-# make bench           the benchmarks; make bench-gradients, bench-core: one of them; make docs: write the generated pages anew
+# make bench           the benchmarks; make bench-gradients, bench-filters: one of them; make docs: write the generated pages anew
 
 PYTHON ?= python3
 DEMO ?= text
