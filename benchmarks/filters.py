@@ -5,7 +5,7 @@
 
 Each part is a module of benchmarks/parts with `rows(data, quick, peer, threads)`, and can be run alone; its docstring
 says what its rows mean. `recall`: the share of the known defects of a case that a filter drops; `precision`: the share
-of what it drops that is one; `docs_per_second`: of whole documents of about 1 kB. At the end stand the bars, met or not.
+of what it drops that is one; `docs_per_second`: of documents of about 1 kB. At the end stand the bars, met or not.
 The data is the folder that has domains/domains.parquet and domains/defects.parquet: --data, or ASSAY_DATA. The peers'
 python is --peers, or ASSAY_PEERS; see requirements-peers.txt; without it, and without a package that a part needs,
 those rows are left out and said so.
