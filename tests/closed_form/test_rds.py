@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from helpers import language, text_pool
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def measured(out: Path, x: np.ndarray, y: np.ndarray, ids: list[str] | None = None, **options: int) -> Table:
+def measured(out: Path, x: np.ndarray, y: np.ndarray, ids: list[str] | None = None, **options: Any) -> Table:
     ids = ids or [f"{i:04d}" for i in range(len(x))]
     pool = Pool.from_columns({"id": ids, "x": x.tolist()})
     target = Pool.from_columns({"id": [f"q{i}" for i in range(len(y))], "x": y.tolist()})

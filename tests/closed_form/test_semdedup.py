@@ -163,7 +163,39 @@ def test_both_counts_are_told(tmp_path: Path) -> None:
     assert note["reference"] == (table.column("score") < 0.1).sum()
     assert note["greedy"] == (table.column("greedy") < 0.1).sum() <= note["reference"]
     made = make(Scorer, {"features": FEATURES, **method})
-    assert made.presets == {"near": {"score": (0.1, None)}, "copies": {"score": (0.0, None)}}
+    assert made.presets == {"near": {"score": (0.1, None)}}
+
+
+@pytest.mark.parametrize("rule", ["reference", "greedy"])
+def test_of_each_group_one_stays(tmp_path: Path, rule: str) -> None:
+    """Who goes is in a group with one that stays, whom a chain of likest earlier rows leads to."""
+    x = some()
+    table = measured(tmp_path, {"name": "semdedup", "clusters": 2, "rule": rule, "eps": 0.1}, x)
+    group, stays = table.column("group").astype(int), table.column("score") >= 0.1
+    assert (group >= 0)[~stays].all() and (group[stays] < 0).sum() > 0
+    for number in set(group[group >= 0].tolist()):
+        own = np.flatnonzero(group == number)
+        assert len(own) > 1 and own[stays[own]].tolist() == [number]
+        for j in own[~stays[own]]:
+            nearest = max(float(x[i] @ x[j]) for i in own if i != j)
+            assert nearest > 1 - 0.1
+            if rule == "greedy":
+                assert float(x[number] @ x[j]) > 1 - 0.1, "those that stay are near to all of their group"
+
+
+def test_a_copy_stays_where_earlier_filters_dropped_its_twin(tmp_path: Path) -> None:
+    from assay.filters import Filter
+
+    x = np.concatenate([some(40, seed=7)[:30], np.eye(8)[:1], np.eye(8)[:1]])
+    table = measured(tmp_path, {"name": "semdedup", "clusters": 1}, x)
+    method = make(Scorer, {"features": FEATURES, "name": "semdedup", "clusters": 1})
+    alone = Filter(method, "near", method.presets["near"])
+    for gone in (30, 31):
+        here = np.ones(32, dtype=bool)
+        here[gone] = False
+        dropped = np.any(list(alone.judge(table, here).values()), axis=0)
+        assert not dropped[61 - gone], "the other one of the two is left"
+    assert np.any(list(alone.judge(table, np.ones(32, dtype=bool)).values()), axis=0)[30:].sum() == 1
 
 
 def test_a_second_assignment_finds_duplicates_across_a_border(tmp_path: Path) -> None:

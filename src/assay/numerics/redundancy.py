@@ -25,13 +25,15 @@ class Earlier:
 
     `reference[j] = max over i before j of <x_i, x_j>` over all earlier rows, `greedy[j]` over those that were kept:
     rows whose own `greedy` is not redundant at `eps`. Rows go in the order of (first cluster, rank), so that of two
-    rows that share any cluster, one is earlier everywhere.
+    rows that share any cluster, one is earlier everywhere. `likest` are the positions of the earlier rows that those
+    cosines are with, of either rule; a row's own where there is none.
     """
 
     def __init__(self, x_nd: np.ndarray, labels_np: np.ndarray, rank_n: np.ndarray, eps: float) -> None:
         self.x, self.eps, self.pairs = x_nd, eps, 0
         self.reference = np.full(len(x_nd), -1.0, dtype=np.float32)
         self.greedy = self.reference.copy()
+        self.likest = {"reference": np.arange(len(x_nd)), "greedy": np.arange(len(x_nd))}
         self.kept = np.ones(len(x_nd), dtype=bool)
         order = np.lexsort((rank_n, labels_np[:, 0]))
         borders = np.flatnonzero(np.diff(labels_np[order, 0])) + 1
@@ -52,14 +54,22 @@ class Earlier:
         for a in _blocks(rows):
             own = self.x[a]
             for b in _blocks(past):
-                self._tile(a, own @ self.x[b].T, self.kept[b])
+                self._tile(a, own @ self.x[b].T, b)
 
-    def _tile(self, a: np.ndarray, cosines: np.ndarray, kept: np.ndarray) -> None:
+    def _tile(self, a: np.ndarray, cosines: np.ndarray, b: np.ndarray) -> None:
         self.pairs += cosines.size
-        self.reference[a] = np.maximum(self.reference[a], cosines.max(axis=1))
+        self._raise("reference", a, cosines, b)
+        kept = self.kept[b]
         if kept.any():
             some = cosines if kept.all() else cosines[:, kept]
-            self.greedy[a] = np.maximum(self.greedy[a], some.max(axis=1))
+            self._raise("greedy", a, some, b[kept])
+
+    def _raise(self, rule: str, a: np.ndarray, cosines: np.ndarray, b: np.ndarray) -> None:
+        """Take down the largest cosine of each of `a` with `b`, and with which, where it is the largest so far."""
+        best = cosines.argmax(axis=1)
+        value, largest = np.take_along_axis(cosines, best[:, None], axis=1)[:, 0], getattr(self, rule)
+        more = value > largest[a]
+        largest[a[more]], self.likest[rule][a[more]] = value[more], b[best[more]]
 
     def _within(self, rows: np.ndarray) -> None:
         """All pairs of `rows`, which are in order."""
@@ -69,21 +79,30 @@ class Earlier:
             own = vectors[start : start + BLOCK]
             for before in range(0, start, BLOCK):
                 past = slice(before, before + BLOCK)
-                self._tile(a, own @ vectors[past].T, self.kept[rows[past]])
+                self._tile(a, own @ vectors[past].T, rows[past])
             self._diagonal(a, own @ own.T)
 
     def _diagonal(self, a: np.ndarray, cosines: np.ndarray) -> None:
         """One by one: whether a row is kept is known when those after it are asked."""
         self.pairs += cosines.size // 2
-        below = np.where(np.tri(len(a), k=-1, dtype=bool), cosines, -1)
-        self.reference[a] = np.maximum(self.reference[a], below.max(axis=1, initial=-1))
+        earlier = np.tri(len(a), k=-1, dtype=bool)
+        self._raise("reference", a, np.where(earlier, cosines, -1), a)
         found = self.greedy[a]
         for j in range(len(a)):
             if 1 - float(found[j]) < self.eps or found[j] >= COPY:  # as `redundant`
                 self.kept[a[j]] = False
             else:
                 np.maximum(found[j + 1 :], cosines[j, j + 1 :], out=found[j + 1 :])
-        self.greedy[a] = found
+        self._raise("greedy", a, np.where(earlier & self.kept[a], cosines, -1), a)
+
+    def groups(self, rule: str) -> np.ndarray:
+        """For each row the position of the first of its group, `[n]`: a redundant row belongs with the earlier row that
+        it is most like, so that each group has just one row that stays."""
+        gone = redundant(getattr(self, rule), self.eps)
+        first = np.where(gone, self.likest[rule], np.arange(len(gone)))
+        while (first != first[first]).any():
+            first = first[first]
+        return first
 
 
 def _shared(own: np.ndarray, labels_np: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

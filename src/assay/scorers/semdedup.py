@@ -38,7 +38,9 @@ class SemDedup(Scorer):
         not always fewer at a larger eps. The other rule's score is a column, and counts of both are among the checks.
         Duplicates on two sides of a border between clusters are not compared unless probes = 2 (each example also
         belongs to its second nearest cluster). Columns for the selector `density`: `cluster`; `distance`, 1 - cos to
-        the centroid; `spacing`, mean distance of the centroid to its 20 nearest. Not a measure of utility
+        the centroid; `spacing`, mean distance of the centroid to its 20 nearest. Column `group` numbers the groups at
+        the option `eps`, of which one example stays each, -1 without any: as a filter after others, the best that
+        those left stays. Not a measure of utility
     """
 
     features: Featurizer = "embed"  # type: ignore[assignment]
@@ -51,10 +53,11 @@ class SemDedup(Scorer):
     seed: int = 0
 
     unit: ClassVar[str] = "1 - cosine"
+    group: ClassVar[str] = "group"
 
     @property
     def presets(self) -> Mapping[str, Bounds]:
-        return {"near": {"score": (self.eps, None)}, "copies": {"score": (0.0, None)}}
+        return {"near": {"score": (self.eps, None)}}
 
     def init(self, context: Context) -> _State:
         from assay.numerics.cluster import assign, spacing, spherical_kmeans
@@ -65,9 +68,9 @@ class SemDedup(Scorer):
         count = self.clusters or -(-len(ids) // 1000)
         made = spherical_kmeans(x, count, keys=keys, iterations=self.iterations, seed=self.seed)
         labels, cosines = assign(x, made.centroids, self.probes)
-        first = {"hard": cosines[:, 0], "easy": -cosines[:, 0], "random": np.zeros(len(ids))}[self.keep]
+        before = {"hard": cosines[:, 0], "easy": -cosines[:, 0], "random": np.zeros(len(ids))}[self.keep]
         rank = np.empty(len(ids), dtype=np.int64)
-        rank[np.lexsort((hash_ids(ids, "tie", self.seed), first))] = np.arange(len(ids))
+        rank[np.lexsort((hash_ids(ids, "tie", self.seed), before))] = np.arange(len(ids))
         pairs = Earlier(x, labels, rank, self.eps)
         products = len(ids) * len(made.centroids) * (len(made.inertia) + 1) + pairs.pairs
         context.spent(2.0 * products * x.shape[1])
@@ -77,8 +80,10 @@ class SemDedup(Scorer):
             np.where(m >= COPY, -1.0, 1 - m.astype(np.float64))
             for m in (pairs.reference, pairs.greedy)[:: 1 if self.rule == "reference" else -1]
         ]
-        apart = spacing(made.centroids)[labels[:, 0]]
-        return _State(ids, np.stack([*scores, labels[:, 0], 1 - cosines[:, 0].astype(np.float64), apart], axis=1))
+        first = pairs.groups(self.rule)
+        group = np.where(np.bincount(first, minlength=len(ids))[first] > 1, first, -1)
+        apart, distance = spacing(made.centroids)[labels[:, 0]], 1 - cosines[:, 0].astype(np.float64)
+        return _State(ids, np.stack([*scores, labels[:, 0], distance, apart, group], axis=1))
 
     def _tell(self, context: Context, pairs: Any, labels: np.ndarray, redundant: Any) -> None:
         gone = {n: int(redundant(getattr(pairs, n), self.eps).sum()) for n in ("reference", "greedy")}
@@ -91,7 +96,8 @@ class SemDedup(Scorer):
         )  # fmt: skip
 
     def columns(self, state: _State) -> tuple[str, ...]:
-        return "score", "greedy" if self.rule == "reference" else "reference", "cluster", "distance", "spacing"
+        other = "greedy" if self.rule == "reference" else "reference"
+        return "score", other, "cluster", "distance", "spacing", "group"
 
     def score(self, state: _State, batch: Batch) -> Any:
         return state.found[np.searchsorted(state.ids, batch.ids)]
