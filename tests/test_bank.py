@@ -73,6 +73,7 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("perceptron", "weights", "margin", {"optimiser": "momentum", "schedule": "cosine", "warmup": 0.3}),
     ("perceptron", "weights", "margin", {"optimiser": "adamw", "clip": 0.05, "final": 0.0}),
     ("perceptron", "subset", "loss", {"optimiser": "adamw", "clip": 0.05, "schedule": "constant"}),
+    ("perceptron", "weights", "loss", {"optimiser": "adamw", "eps_root": 1e-3}),
     ("linear", "subset", "margin", {"optimiser": "sgd", "clip": 0.2}),
     ("dropout", "weights", "loss", {"optimiser": "momentum"}),
     ("dropout", "subset", "margin", {"optimiser": "momentum"}),
@@ -107,6 +108,19 @@ def test_each_model_is_as_if_trained_alone(kind, protocol, measure, options, tog
             want = alone(task, pool, encoded, target, mask, recipe.with_seed(seed), protocol, measure)
             assert np.abs(got["a"][k, r] - want).max() < 1e-10
     assert np.ptp(got["a"], axis=0).min() > 1e-6, "subsets make no difference: the test would see no mistake"
+
+
+def test_eps_root_is_part_of_the_training(tmp_path):
+    """Where it is as large as the second moments, the same subsets end elsewhere; and no stored bank of 0 is found."""
+    task, pool, encoded, target = task_of("perceptron", tmp_path)
+    masks, found = bank.subsets(pool.ids, 2, 0.5, 0), []
+    for eps_root in (0.0, 1e-3, 0.0):
+        recipe = RECIPE.model_copy(update={"optimiser": "adamw", "eps_root": eps_root})
+        found.append(bank.retrain(
+            task, encoded, pool.ids, masks, recipe, seeds=(0,), targets={"t": target}, dtype=D, path=tmp_path / "bank",
+        )["t"])  # fmt: skip
+    assert np.abs(found[1] - found[0]).max() > 1e-2 and np.array_equal(found[2], found[0])
+    assert len(list((tmp_path / "bank").iterdir())) == 2
 
 
 def test_masks_of_several_sizes_train_for_their_own_lengths(tmp_path):

@@ -107,6 +107,18 @@ def test_targets_that_choose_are_not_reported_on(small):
     assert len(chosen) == len(reported)
 
 
+@pytest.mark.parametrize("case", ["R0", "R3"])
+def test_the_bank_is_of_the_training_that_a_metagradient_differentiates(parts, tmp_path, case):
+    from assay.train.recipe import overlaid
+
+    truth = parts("truth")
+    if case == "R3" and not (truth.DATA / "domains" / "domains.parquet").exists():
+        pytest.skip(f"no documents of many domains in {truth.DATA}")
+    recipe = truth.build(case, tmp_path, quick=True).recipe
+    assert overlaid("metagrad", recipe, None, smooth=True) == recipe
+    assert (recipe.optimiser == "adamw") == (recipe.eps_root > 0)
+
+
 def test_a_peer_sees_the_model_and_the_data_that_we_score(parts, small, tmp_path, monkeypatch):
     import torch
 

@@ -88,6 +88,19 @@ def test_more_work_takes_more(folder):
     assert draft(10_000, seeds, folder).seconds > small.seconds
 
 
+def test_exact_gradients_that_are_met_take_time_and_no_disk(folder):
+    """A table of them would have 10,000 rows as long as the model."""
+    found = []
+    for projection in ("exact", "sparse"):
+        graddot = {"name": "graddot", "features": {"name": "gradients", "projection": projection}}
+        chosen = study.load(folder / "study.toml").model_copy(update={"methods": ("random", graddot)})
+        found.append({s.stage: s for s in draft(10_000, chosen, folder).steps})
+    met, stored = found
+    assert not [name for name in met if name.startswith("features")] and "features: gradients" in stored
+    assert met["score: graddot"].disk == stored["score: graddot"].disk < 1e5
+    assert met["score: graddot"].seconds > 10_000 * 20 / 1e4 / 2, "the gradient passes of the pool, on two workers"
+
+
 def test_expected_stages_are_those_that_run(folder, tmp_path):
     """The names that the progress display waits for are the names that the stages announce."""
     from assay.core.progress import Progress

@@ -9,8 +9,9 @@ R1  5000 images of 28 x 28, 200 targets, logistic regression, SGD .01, batches o
 R2  the same, 100 targets, with a 784-128-64-10 ReLU perceptron, dropout .1, SGD .01 with momentum .9, batches of 64,
     50 epochs.
 R2-10, R2-50  R2 without dropout, for 10 and 50 epochs, 32 targets, 50 halves as data weights of one seed.
-R3  512 documents of 64 tokens of many domains, 64 targets, a decoder of 2 layers and width 64, AdamW 2e-3, batches of
-    32, 4 epochs; loss; 100 halves as data weights.
+R3  512 documents of 64 tokens of many domains, 64 targets, a decoder of 2 layers and width 64, AdamW 2e-3 with the
+    eps_root that metagradients need (so that they and the bank are of one training), batches of 32, 4 epochs; loss; 100
+    halves as data weights.
 
 Options are chosen on half of the targets, those of even rank in a keyed order, and figures are of the other half.
 Banks and models are kept in a folder: a second run trains nothing.
@@ -32,7 +33,7 @@ from assay.core.pool import Pool
 from assay.core.selection import Selection
 from assay.core.task import Encoded, Task
 from assay.train import loop
-from assay.train.recipe import Recipe
+from assay.train.recipe import EPS_ROOT, Recipe
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 CASES = ("R0", "R1", "R2", "R3")
@@ -198,7 +199,7 @@ def decoder(folder: Path, quick: bool) -> Truth:
     )
     recipe = Recipe(
         steps=4 * count // 32, terms_per_step=32 * context, optimiser="adamw", lr=2e-3, betas=(0.9, 0.95),
-        weight_decay=0.01, schedule="linear", warmup=0.1, final=0.0, clip=0.0,
+        weight_decay=0.01, schedule="linear", warmup=0.1, final=0.0, clip=0.0, eps_root=EPS_ROOT,
     )  # fmt: skip
     return Truth("R3", task, pool, targets, recipe, "loss", "weights", folder, 1, 20 if quick else 100)
 
