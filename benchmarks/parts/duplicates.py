@@ -284,7 +284,8 @@ def speed(place: Path, clean: pa.Table, quick: bool, python: Path, threads: int)
             low, middle, high = (float(x) for x in np.percentile(pace, [10, 50, 90]))
             found.append(
                 row("speed", name, "docs_per_second", middle, sum(s["whole"] for s in said), documents=table.num_rows,
-                    threads=threads, removed=said[0]["removed"], peak_rss_bytes=max(s["peak"] for s in said))
+                    threads=threads, removed=said[0]["removed"], peak_rss_bytes=max(s["peak"] for s in said),
+                    cpu_seconds=float(np.median([s["cpu"] for s in said])))
                 | {"tool": side, "ci": [low, high] if len(said) > 1 else None}
             )  # fmt: skip
     return found
@@ -298,16 +299,28 @@ def memory(place: Path, clean: pa.Table, quick: bool, threads: int) -> list[Row]
         case = f"memory-{table.num_rows * rounds // 1000}k"
         for name in ("exact_dup", "minhash"):
             said = ours(place, pool, {"name": name}, threads)
-            more = {"documents": said["documents"], "removed": said["removed"], "threads": threads}
+            more = {
+                "documents": said["documents"],
+                "removed": said["removed"],
+                "threads": threads,
+                "cpu_seconds": said["cpu"],
+            }
             found.append(row(case, name, "peak_rss_bytes", said["peak"], said["whole"], **more))
             pace = said["documents"] / said["seconds"]
             found.append(row(case, name, "docs_per_second", pace, said["whole"], **more))
     return found
 
 
+SHOWN = ("expected", "sd", "within_3_sd", "pairs", "removed", "planted", "cpu_seconds")
+
+
 def show(found: list[Row]) -> None:
     for r in found:
-        more = {k: v for k, v in r.items() if k in ("expected", "sd", "within_3_sd", "pairs", "removed", "planted")}
+        more = {
+            k: v
+            for k, v in r.items()
+            if k in ("expected", "sd", "within_3_sd", "pairs", "removed", "planted", "cpu_seconds")
+        }
         said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items())
         print(f"{r['case']:<38} {r['tool']:<18} {r['method']:<30} {r['metric']:<16} {r['value']:>14,.4f}   {said}")
 

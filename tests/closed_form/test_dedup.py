@@ -342,6 +342,21 @@ def test_clusters_do_not_depend_on_blocks_runs_or_workers(tmp_path: Path, monkey
         assert one.tobytes() == two.tobytes()
 
 
+def test_a_run_that_was_killed_finds_its_signatures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, spec = edited(7, originals=20), {"name": "minhash", "verify": 0.5}
+    truth = by_id(table(tmp_path / "whole", spec, pool))
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(minhash, "standing", killed)
+    with pytest.raises(KeyboardInterrupt):
+        table(tmp_path / "killed", spec, pool)
+    monkeypatch.undo()
+    monkeypatch.setattr(minhash, "signatures", killed)
+    assert by_id(table(tmp_path / "killed", spec, pool)) == truth
+
+
 def test_a_large_band_is_not_compared_all_with_all() -> None:
     rank = np.random.default_rng(0).permutation(500).astype(np.uint32)
     packed = make(Scorer, {"name": "minhash", "verify": 0.5})._candidates(np.zeros(500, np.uint64), rank)  # type: ignore[attr-defined]

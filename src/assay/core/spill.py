@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 # Pairs that are in memory together: 16 bytes each, and as much again to sort them.
-MOST = 1 << 20
+MOST = 1 << 18
 
 
 class Spill:

@@ -92,8 +92,9 @@ class ExactDup(Scorer):
     def init(self, context: Context) -> Any:
         pool = context.pool
         workers = context.workers if len(pool) >= MANY else 1
-        blocks = local.map(_block, (self, pool), range(0, len(pool), BLOCK), workers=workers)
-        found = np.concatenate([np.zeros((0, 2), dtype=np.uint64), *blocks])
+        starts, found = range(0, len(pool), BLOCK), np.empty((len(pool), 2), dtype=np.uint64)
+        for start, block in zip(starts, local.map(_block, (self, pool), starts, workers=workers), strict=True):
+            found[start : start + BLOCK] = block
         rows = repeated(found)
         ids = pool.ids[rows]
         best = -self._priorities(pool, rows)

@@ -128,7 +128,7 @@ class MinHash(Scorer):
         compared = joined = 0
         sets = _Sets(folder) if self.verify else None
         for keys, _ in pairs.sorted(top=max(1, count) << 32):
-            packed = np.unique(keys)
+            packed = _once(keys)
             late, early = packed >> np.uint64(32), packed & LOW
             if sets:
                 parts = (slice(start, start + PAIRS) for start in range(0, len(packed), PAIRS))
@@ -241,8 +241,15 @@ def _block(job: _Job, index: int) -> int:
 def _distinct(hashes: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The sets: 32 bits of each distinct hash, sorted within its document; and their sizes `[n]`."""
     document = np.repeat(np.arange(len(ends) - 1, dtype=np.uint64), np.diff(ends))
-    both = np.unique((document << np.uint64(32)) | (hashes >> np.uint64(32)))
+    both = _once(np.sort((document << np.uint64(32)) | (hashes >> np.uint64(32))))
     return both.astype(np.uint32), np.bincount((both >> np.uint64(32)).astype(np.int64), minlength=len(ends) - 1)
+
+
+def _once(ascending: np.ndarray) -> np.ndarray:
+    """Each value once. (`np.unique` hashes first, which took seven times as long.)"""
+    first = np.ones(len(ascending), dtype=bool)
+    first[1:] = ascending[1:] != ascending[:-1]
+    return ascending[first]
 
 
 def _write_sets(folder: Path, index: int, values: np.ndarray, ends: np.ndarray) -> None:
