@@ -62,7 +62,7 @@ def test_stripped_and_numbers_of_kinds():
     inner = given.stripped(lines)
     assert [x for part in strings(texts, inner) for x in part] == [x.strip() for x in cut]
     assert given.number(lines, UPPER).tolist() == [sum(c.isupper() for c in x) for x in cut]
-    assert lines.total(given.any(lines, ALPHA)).tolist() == [
+    assert lines.total(given.number(lines, ALPHA) > 0).tolist() == [
         sum(any(c.isalpha() for c in x) for x in t.split("\n")) for t in texts
     ]
 
@@ -91,3 +91,14 @@ def test_only_keeps_the_offsets_right():
     kept = given.chunks.only(given.chunks.sizes > 1)
     assert kept.counts.tolist() == [2, 0, 1] and kept.sizes.tolist() == [2, 3, 2]
     assert kept.owners.tolist() == [0, 0, 2] and kept.total(np.array([1, 10, 100])).tolist() == [11, 0, 100]
+
+
+def test_united_kinds_and_the_span_that_holds_a_place():
+    given = Texts(["a1 .. B", "", "\u00e9\n7"])
+    kinds = given.united(given.chunks)
+    assert [(k & ALPHA != 0, k & DIGIT != 0, k & UPPER != 0) for k in kinds.tolist()] == [
+        (True, True, False), (False, False, False), (True, False, True), (True, False, False), (False, True, False),
+    ]  # fmt: skip
+    lines = given.lines
+    assert lines.holding(np.array([0, 6, 8, 9, 11])).tolist() == [0, 0, 1, 2, 3]
+    assert given.chunks.only(np.arange(5) > 0).holding(np.array([0, 2, 3])).tolist() == [-1, -1, 0]

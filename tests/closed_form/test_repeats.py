@@ -84,4 +84,5 @@ def test_groups_are_exact():
     assert sizes == {k: c for k, c in plain.items() if c > 1}
     for start, size in zip(found.starts, found.sizes, strict=True):
         members = found.members[start : start + size]
-        assert (np.diff(members) > 0).all() and len(set(keys[members].tolist())) == 1
+        assert len(set(members.tolist())) == size and len(set(keys[members].tolist())) == 1
+    assert found.first.tolist() == [keys.tolist().index(k) for k in keys[found.first].tolist()]

@@ -32,11 +32,35 @@ from datatrove.utils.text import (  # pyright: ignore[reportMissingImports]
     split_into_words,
 )  # fmt: skip
 
+
+def language():
+    """datatrove's LanguageFilter, which asks py3langid in the place of a model that would have to be downloaded."""
+    from datatrove.pipeline.filters import LanguageFilter  # pyright: ignore[reportMissingImports]
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+    class Asked:
+        def predict(self, document):
+            ranked = dict(identifier.rank(document.text.replace("\n", " ")))
+            best = next(iter(ranked.items()))
+            return best, {"en": ranked["en"]}
+
+    LanguageFilter._requires_dependencies = []  # packages that fetch and lock the model's file
+    made = LanguageFilter(languages=["en"])
+    made.model = Asked()
+    return made
+
+
+# C4's filter is the last of all, for it edits what it is given.
 FILTERS = {
     "gopher": (GopherQualityFilter, GopherRepetitionFilter),
     "c4": (C4QualityFilter,),
     "fineweb": (FineWebQualityFilter,),
+    "rules": (GopherQualityFilter, GopherRepetitionFilter, FineWebQualityFilter, C4QualityFilter),
+    "language": (language,),
 }
+VERDICTS = ("gopher", "c4", "fineweb")
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 WARM = 20
 
@@ -87,8 +111,8 @@ def statistics(text: str) -> dict[str, float]:
 def write_statistics(texts: list[str], out: Path) -> None:
     rows = [statistics(text) for text in texts]
     arrays = {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
-    for name, kinds in FILTERS.items():
-        made = [kind() for kind in kinds]
+    for name in VERDICTS:
+        made = [kind() for kind in FILTERS[name]]
         arrays[f"passes_{name}"] = np.array([verdict(made, text) for text in texts], dtype=np.float64)
     np.savez(out / "statistics.npz", **arrays)
 

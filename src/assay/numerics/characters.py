@@ -62,6 +62,14 @@ def _table() -> np.ndarray:
     return np.append(table, np.uint32(SPACE | BREAK | NEWLINE))
 
 
+@functools.lru_cache(maxsize=2)
+def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """P^k and P^-k modulo 2^64, for k from 0 up to `size`."""
+    power, inverse = (np.full(size + 1, base, dtype=np.uint64) for base in (BASE, INVERSE))
+    power[0] = inverse[0] = 1
+    return np.cumprod(power, out=power), np.cumprod(inverse, out=inverse)
+
+
 @dataclass(frozen=True)
 class Spans:
     """Pieces `starts[k]:ends[k]` of all characters, in order; those of text t are `offsets[t]:offsets[t+1]`."""
@@ -89,6 +97,11 @@ class Spans:
         running = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
         return np.diff(running[self.offsets])
 
+    def holding(self, places: np.ndarray) -> np.ndarray:
+        """The last span that begins at or before each of these places, which are in order; -1 before the first."""
+        bounds = np.concatenate([[0], np.searchsorted(places, self.starts), [len(places)]])
+        return np.repeat(np.arange(-1, len(self.starts)), np.diff(bounds))
+
     def only(self, chosen: np.ndarray) -> Spans:
         """The spans whose flag is set."""
         offsets = np.concatenate([[0], np.cumsum(self.total(chosen))])
@@ -108,7 +121,7 @@ class Texts:
         self.kinds = self._kinds()
 
     def _kinds(self) -> np.ndarray:
-        kinds = _table()[np.minimum(self.codes, END)]
+        kinds = _table().take(self.codes, mode="clip")
         high = np.flatnonzero(self.codes >= END)
         high = high[~np.isin(high, self.ends)]
         if len(high):
@@ -189,9 +202,9 @@ class Texts:
             np.sort(np.concatenate([whole.starts, ends[inside]])), np.sort(np.concatenate([whole.ends, starts[inside]]))
         )
 
-    def any(self, spans: Spans, bits: int) -> np.ndarray:
-        """Flags: a span has a character of one of these kinds."""
-        return self.number(spans, bits) > 0
+    def united(self, spans: Spans) -> np.ndarray:
+        """Kinds of all characters of each span, which must not be empty, and of the gap before the next."""
+        return np.bitwise_or.reduceat(self.kinds, spans.starts) if len(spans.starts) else self.kinds[:0]
 
     def number(self, spans: Spans, bits: int) -> np.ndarray:
         """How many characters of one of these kinds each span has."""
@@ -203,14 +216,9 @@ class Texts:
     def _prefix(self) -> tuple[np.ndarray, np.ndarray]:
         """Running sums of c_k P^k, from 0, and P^-k."""
         size = len(self.codes)
-        power = np.full(size, BASE, dtype=np.uint64)
-        inverse = np.full(size + 1, INVERSE, dtype=np.uint64)
-        power[:1], inverse[:1] = 1, 1
-        # In place: the power of the character k is P^k modulo 2^64.
-        np.cumprod(power, out=power)
-        np.cumprod(inverse, out=inverse)
+        power, inverse = _powers(1 << size.bit_length())
         sums = np.zeros(size + 1, dtype=np.uint64)
-        np.cumsum((self.codes.astype(np.uint64) + np.uint64(1)) * power, out=sums[1:])
+        np.cumsum((self.codes + np.uint64(1)) * power[:size], out=sums[1:])
         return sums, inverse
 
     def hashes(self, spans: Spans) -> np.ndarray:

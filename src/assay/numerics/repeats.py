@@ -20,7 +20,7 @@ STEP = np.uint64(0xD6E8FEB86659FD93)
 
 @dataclass(frozen=True)
 class Groups:
-    """Members of groups of two and more equal keys, group after group; in a group they are in order."""
+    """Members of groups of two and more equal keys, group after group."""
 
     members: np.ndarray
     starts: np.ndarray
@@ -32,7 +32,8 @@ class Groups:
 
     @property
     def first(self) -> np.ndarray:
-        return self.members[self.starts]
+        """The first member of each group."""
+        return np.minimum.reduceat(self.members, self.starts) if len(self.starts) else self.members
 
 
 def groups(keys: np.ndarray) -> Groups:
@@ -40,7 +41,7 @@ def groups(keys: np.ndarray) -> Groups:
     bits = max(8, min(22, int(len(keys)).bit_length() + 2))
     bucket = (keys >> np.uint64(64 - bits)).astype(np.int64)
     shared = np.flatnonzero(np.bincount(bucket, minlength=1 << bits)[bucket] > 1)
-    order = shared[np.argsort(keys[shared], kind="stable")]
+    order = shared[np.argsort(keys[shared])]
     new = np.ones(len(order), dtype=bool)
     new[1:] = keys[order[1:]] != keys[order[:-1]]
     starts = np.flatnonzero(new)
@@ -52,7 +53,10 @@ def groups(keys: np.ndarray) -> Groups:
 
 def keyed(hashes: np.ndarray, owners: np.ndarray) -> np.ndarray:
     """The same hash in two texts is two keys."""
-    return mix(hashes ^ mix(owners.astype(np.uint64) + np.uint64(1)))
+    if not len(owners):
+        return hashes
+    marks = mix(np.arange(1, int(owners[-1]) + 2, dtype=np.uint64))
+    return mix(hashes ^ marks[owners])
 
 
 def copies(spans: Spans, hashes: np.ndarray, *, every: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +75,6 @@ class Grams:
 
     n: int
     places: np.ndarray
-    keys: np.ndarray
     groups: Groups
 
 
@@ -84,10 +87,9 @@ def grams(spans: Spans, hashes: np.ndarray, orders: Sequence[int]) -> list[Grams
         inside = places + n <= last[spans.owners[places]]
         places, rolling = places[inside], rolling[inside]
         rolling = rolling * STEP + hashes[places + n - 1]
-        keys = keyed(rolling, spans.owners[places])
-        equal = groups(keys)
+        equal = groups(keyed(rolling, spans.owners[places]))
         if n in orders:
-            found.append(Grams(n, places, keys, equal))
+            found.append(Grams(n, places, equal))
         stay = np.sort(equal.members)
         places, rolling = places[stay], rolling[stay]
     return found
@@ -124,21 +126,19 @@ def reach(spans: Spans, places: np.ndarray, n: int) -> np.ndarray:
 def stepped(spans: Spans, run: Grams) -> np.ndarray:
     """Characters of the runs of n words that repeat one seen before, when each is stepped over once it is found."""
     characters = np.zeros(len(spans.offsets) - 1, dtype=np.int64)
-    order = np.sort(run.groups.members)
-    places = run.places[order]
+    order = np.argsort(run.groups.members)
+    places = run.places[run.groups.members[order]]
+    group = np.repeat(np.arange(len(run.groups.starts)), run.groups.sizes)[order]
     owners, lengths = spans.owners[places], reach(spans, places, run.n)
-    seen: set[int] = set()
-    free = 0
-    for place, key, owner, length in zip(
-        places.tolist(), run.keys[order].tolist(), owners.tolist(), lengths.tolist(), strict=True
-    ):
+    seen, free = bytearray(len(run.groups.starts)), 0
+    for at, (place, k) in enumerate(zip(places.tolist(), group.tolist(), strict=True)):
         if place < free:
             continue
-        if key in seen:
-            characters[owner] += length
+        if seen[k]:
+            characters[owners[at]] += lengths[at]
             free = place + run.n
         else:
-            seen.add(key)
+            seen[k] = 1
     return characters
 
 

@@ -8,6 +8,8 @@ a digit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from assay.numerics.characters import (
@@ -43,102 +45,120 @@ def shifted(flags: np.ndarray, by: int) -> np.ndarray:
     return moved
 
 
-def _inside(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """All places of these stretches, and the one after each."""
-    sizes = ends - starts + 1
-    base = np.repeat(starts - np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes) if len(sizes) else starts
-    return base + np.arange(int(sizes.sum()))
+@dataclass
+class _Marks:
+    """What is neither a letter nor a digit nor white space: places, and the kinds there, before and after."""
+
+    places: np.ndarray
+    here: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
+    @classmethod
+    def of(cls, texts: Texts) -> _Marks:
+        places = np.flatnonzero(~texts.has(SPACE | ALNUM))
+        # Before the first character is the last one, END, which is white space as it should be.
+        return cls(places, texts.kinds[places], texts.kinds[places - 1], texts.kinds[places + 1])
+
+    def only(self, chosen: np.ndarray) -> _Marks:
+        return _Marks(self.places[chosen], self.here[chosen], self.before[chosen], self.after[chosen])
+
+    @property
+    def double(self) -> np.ndarray:
+        """Flags: one of two and more full stops."""
+        return (self.here & (self.before | self.after) & DOT) != 0
+
+    def runs(self, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First and last marks of stretches of neighbours with the flag, and the stretch of each mark."""
+        joined = np.zeros(len(flags), dtype=bool)
+        joined[1:] = flags[1:] & flags[:-1] & (np.diff(self.places) == 1)
+        first = np.flatnonzero(flags & ~joined)
+        last = np.flatnonzero(flags & ~np.append(joined[1:], False))
+        return first, last, np.cumsum(flags & ~joined) - 1
 
 
 def tokens(texts: Texts) -> Spans:
     """Words and marks, as spaCy's blank English pipeline cuts them in all but its lists of exceptions."""
     if not len(texts.codes):
         return texts.chunks
-    space, dot = texts.has(SPACE), texts.has(DOT)
-    double = dot & (shifted(dot, 1) | shifted(dot, -1))
+    marks, space = _Marks.of(texts), texts.has(SPACE)
     begins = np.zeros(len(texts.codes) + 1, dtype=bool)
-    edges = _lead(texts, space, double), _trail(texts, space, double)
-    for starts, ends in edges:
-        begins[_inside(starts, ends)] = True
-    free = ~space
-    for starts, ends in edges:
-        free[_inside(starts, ends - 1)] = False
-    _infix(texts, free, double, begins)
-    _contractions(texts, free, begins)
-    begins = begins[:-1]
+    edge = _lead(marks) | _trail(texts, marks)
+    places = marks.places[edge]
+    begins[places] = begins[places + 1] = True
+    begins[_infix(texts, marks.only(~edge))] = True
+    over = space.copy()
+    over[places] = True
+    _contractions(texts, marks.only(~edge), over, begins)
     # Two and more full stops are one token; a token never begins at white space.
-    begins &= ~(double & shifted(dot, -1))
-    begins |= ~space & shifted(space, -1)
-    begins[0] |= not space[0]
+    begins[marks.places[marks.double & ((marks.before & DOT) != 0)]] = False
+    begins = begins[:-1]
+    edges = shifted(space, -1)
+    edges[0] = True
+    begins |= edges
     begins &= ~space
-    starts = np.flatnonzero(begins)
     # A token ends where the next begins, or at white space.
-    ends = np.flatnonzero((begins | space) & ~shifted(space, -1))
-    ends = ends[ends > starts[0]] if len(starts) else ends[:0]
-    return texts.spans(starts, ends)
+    return texts.spans(np.flatnonzero(begins), np.flatnonzero((begins | space) & ~edges))
 
 
-def _lead(texts: Texts, space: np.ndarray, double: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Marks with which a chunk begins."""
-    starts, ends = texts.runs(texts.has(LEAD) | double)
-    first = (starts == 0) | space[np.maximum(starts - 1, 0)]
-    return starts[first], ends[first]
+def _lead(marks: _Marks) -> np.ndarray:
+    """Flags of the marks with which a chunk begins."""
+    flags = ((marks.here & LEAD) != 0) | marks.double
+    first, _, run = marks.runs(flags)
+    chosen = (marks.before[first] & SPACE) != 0
+    return flags & chosen[run] if len(chosen) else flags
 
 
-def _trail(texts: Texts, space: np.ndarray, double: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Marks with which a chunk ends. A single full stop stays with a single capital: 'J.' and 'U.S.'."""
-    starts, ends = texts.runs(texts.has(TRAIL))
-    last = space[ends]  # there is always one more: END
-    starts, ends = starts[last], ends[last]
-    upper = texts.has(UPPER)
-    before = np.maximum(starts - 1, 0)
-    initial = (
-        texts.has(DOT)[starts] & ~double[starts] & upper[before] & ~upper[np.maximum(starts - 2, 0)] & (starts > 0)
-    )
-    starts = starts + initial
-    some = starts < ends
-    return starts[some], ends[some]
+def _trail(texts: Texts, marks: _Marks) -> np.ndarray:
+    """Flags of the marks with which a chunk ends. A single full stop stays with a single capital: 'J.' and 'U.S.'."""
+    flags = (marks.here & TRAIL) != 0
+    first, last, run = marks.runs(flags)
+    if not len(first):
+        return flags
+    chosen = (marks.after[last] & SPACE) != 0
+    found = flags & chosen[run]
+    capital = (marks.before[first] & UPPER != 0) & (texts.kinds[marks.places[first] - 2] & UPPER == 0)
+    initial = capital & (marks.here[first] & DOT != 0) & ~marks.double[first]
+    found[first[initial]] = False
+    return found
 
 
-def _infix(texts: Texts, free: np.ndarray, double: np.ndarray, begins: np.ndarray) -> None:
-    """Marks between letters or digits inside a chunk are tokens of their own; addresses are left whole."""
-    before = {bit: shifted(texts.has(bit), -1) for bit in (ALPHA, ALNUM, DIGIT, LOWER | QUOTE)}
-    after = {bit: shifted(texts.has(bit), 1) for bit in (ALPHA, DIGIT, UPPER | QUOTE)}
-    codes = texts.codes
-    cut = texts.has(DOT) & before[LOWER | QUOTE] & after[UPPER | QUOTE]
-    cut |= (codes == 44) & before[ALPHA] & after[ALPHA]
-    cut |= texts.has(JOINER) & before[ALNUM] & after[ALPHA]
-    minus = codes == 45
-    cut |= (minus | (codes == 43) | (codes == 42) | (codes == 94)) & before[DIGIT] & (after[DIGIT] | shifted(minus, 1))
-    cut |= double | (codes == ELLIPSIS)
-    places = np.flatnonzero(cut & free)
-    starts, ends = texts.runs(texts.has(HYPHEN) & free)
-    alpha = texts.has(ALPHA)
-    joined = (starts > 0) & alpha[np.maximum(starts - 1, 0)] & alpha[ends] & (ends - starts < 4)
-    marks = [places, places + 1, starts[joined], ends[joined]]
-    addresses = np.flatnonzero((codes == 47) & shifted(codes == 47, -1) & shifted(codes == 58, -2) & free)
-    for mark in marks:
-        if len(addresses):
-            chunks = texts.chunks
-            whole = np.unique(np.searchsorted(chunks.starts, addresses, side="right") - 1)
-            mark = mark[~np.isin(np.searchsorted(chunks.starts, mark, side="right") - 1, whole)]
-        begins[mark] = True
+def _infix(texts: Texts, marks: _Marks) -> np.ndarray:
+    """Where tokens begin at and after marks between letters or digits; addresses are left whole."""
+
+    def between(before: int, after: int) -> np.ndarray:
+        return (marks.before & before != 0) & (marks.after & after != 0)
+
+    code, places = texts.codes[marks.places], marks.places
+    cut = (marks.here & DOT != 0) & between(LOWER | QUOTE, UPPER | QUOTE)
+    cut |= (code == ord(",")) & between(ALPHA, ALPHA)
+    cut |= (marks.here & JOINER != 0) & between(ALNUM, ALPHA)
+    minus = texts.codes[places + 1] == ord("-")
+    cut |= np.isin(code, [ord(c) for c in "+-*^"]) & (marks.before & DIGIT != 0) & ((marks.after & DIGIT != 0) | minus)
+    cut |= marks.double | (code == ELLIPSIS)
+    # Up to three hyphens between letters are one token.
+    first, last, _ = marks.runs(marks.here & HYPHEN != 0)
+    joined = (marks.before[first] & marks.after[last] & ALPHA != 0) & (last - first < 3)
+    slashes = places[(code == ord("/")) & (texts.codes[places - 1] == ord("/")) & (texts.codes[places - 2] == ord(":"))]
+    whole = np.unique(texts.chunks.holding(slashes))
+    outside = ~np.isin(texts.chunks.holding(places), whole) if len(whole) else np.ones(len(places), dtype=bool)
+    first, last, cut = first[joined & outside[first]], last[joined & outside[first]], places[cut & outside]
+    return np.concatenate([cut, cut + 1, places[first], places[last] + 1])
 
 
-def _contractions(texts: Texts, free: np.ndarray, begins: np.ndarray) -> None:
-    """Cuts do|n't, it|'s, we|'re: before the ending of a chunk's inner part."""
-    codes, alpha = texts.codes, texts.has(ALPHA)
-    places = np.flatnonzero(texts.has(APOSTROPHE) & free & ~shifted(texts.has(SPACE), -1))
-    places = places[places + 3 < len(codes)]
+def _contractions(texts: Texts, marks: _Marks, edge: np.ndarray, begins: np.ndarray) -> None:
+    """Cuts do|n't, it|'s, we|'re: before the ending of a chunk's inner part. `edge`: a chunk's inner part is over."""
+    codes, kinds = texts.codes, texts.kinds
+    inner = (marks.here & APOSTROPHE != 0) & (marks.before & SPACE == 0) & (marks.places + 3 < len(codes))
+    places = marks.places[inner]
     for ending in ("t", *_ENDINGS):
-        stop = places + 1 + len(ending)
-        here = ~free[stop] & free[places + 1]
+        here = edge[places + 1 + len(ending)]
         for k, character in enumerate(ending):
             here &= codes[places + 1 + k] == ord(character)
         if ending not in "sS":
-            here &= alpha[places - 1]
+            here &= kinds[places - 1] & ALPHA != 0
         if ending == "t":
-            here &= (codes[places - 1] == ord("n")) & alpha[places - 2]
+            here &= (codes[places - 1] == ord("n")) & (kinds[places - 2] & ALPHA != 0)
             begins[places[here] - 1] = True
         else:
             begins[places[here]] = True
@@ -160,9 +180,9 @@ def words(texts: Texts) -> Spans:
 def sentences(texts: Texts, marks: Spans, lines: Spans) -> np.ndarray:
     """Sentences in each line by its tokens: one, and one more wherever a word follows a token that ends a sentence."""
     stop = (marks.sizes == 1) & texts.has(STOP)[marks.starts] if len(marks.starts) else np.zeros(0, dtype=bool)
-    word = texts.any(marks, ALNUM)
+    word = texts.united(marks) & ALNUM != 0
     chosen = np.flatnonzero(stop | word)
     place = marks.starts[chosen]
-    line = np.searchsorted(lines.starts, place, side="right") - 1
+    line = lines.holding(place)
     new = stop[chosen][:-1] & word[chosen][1:] & (line[:-1] == line[1:])
     return 1 + np.bincount(line[1:][new], minlength=len(lines.starts))

@@ -15,8 +15,12 @@ from assay.numerics.tokens import sentences, tokens
 
 CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
 ENDS = (".", "?", "!", '"', "'")
-LOREM, SCRIPT = "lorem ipsum", "javascript"
-POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+NOTICES = (
+    ("lorem ipsum",), ("javascript",),
+    ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"),
+)  # fmt: skip
+STEMS = ("lorem ipsum", "javascript", "cookie", "terms of use", "privacy policy")
+"""What a text with a notice has at least one of."""
 LONG_WORD, FEW_WORDS, LONG_LINE = 1000, 3, 200
 
 
@@ -56,15 +60,16 @@ class C4(Scorer):
         cleared = texts if blanked == given else Texts(blanked)
         count = sentences(cleared, tokens(cleared), lines)
         sound, ended = wordy(texts, lines), ends(texts, lines, given)
-        held = {what: containing(texts, lines, given, what) for what in ((LOREM,), (SCRIPT,), POLICIES)}
+        found_stems = [[s for s in STEMS if s in low] for low in map(str.lower, given)]
+        lorem, script, policy = (containing(texts, lines, given, found_stems, what) for what in NOTICES)
         opened = np.zeros(len(lines.starts), dtype=bool)
-        opened[np.searchsorted(lines.starts, np.flatnonzero(texts.has(OPEN)), side="right") - 1] = True
+        opened[lines.holding(np.flatnonzero(texts.has(OPEN)))] = True
         found: dict[str, np.ndarray] = {}
         for suffix, alive in (("", sound & ended), ("_any", sound)):
-            rest = alive & ~held[SCRIPT,]
-            kept = rest & ~held[POLICIES]
+            rest = alive & ~script
+            kept = rest & ~policy
             found[f"sentences{suffix}"] = lines.total(np.where(kept, count, 0))
-            found[f"lorem_ipsum{suffix}"] = lines.total(alive & held[LOREM,])
+            found[f"lorem_ipsum{suffix}"] = lines.total(alive & lorem)
             found[f"curly_brackets{suffix}"] = lines.total(rest & opened)
             found.setdefault("kept_lines", ratio(lines.total(kept), lines.counts))
         found["long_lines"] = texts.lines.total(texts.lines.sizes >= LONG_LINE)
@@ -79,7 +84,7 @@ def _blank(citation: re.Match[str]) -> str:
 def wordy(texts: Texts, lines: Spans) -> np.ndarray:
     """Flags: a line has words enough, and none is too long."""
     chunks = texts.chunks
-    line = np.searchsorted(lines.starts, chunks.starts, side="right") - 1
+    line = lines.holding(chunks.starts)
     count = np.bincount(line, minlength=len(lines.starts))
     return (count >= FEW_WORDS) & (np.bincount(line[chunks.sizes > LONG_WORD], minlength=len(count)) == 0)
 
@@ -96,12 +101,13 @@ def ends(texts: Texts, lines: Spans, given: list[str]) -> np.ndarray:
     return good
 
 
-def containing(texts: Texts, lines: Spans, given: list[str], phrases: tuple[str, ...]) -> np.ndarray:
-    """Flags: a line has one of these phrases, in any case."""
+def containing(
+    texts: Texts, lines: Spans, given: list[str], stems: list[list[str]], phrases: tuple[str, ...]
+) -> np.ndarray:
+    """Flags: a line has one of these phrases, in any case. `stems`: those of `STEMS` that each text has."""
     flags = np.zeros(len(lines.starts), dtype=bool)
-    for k, text in enumerate(given):
-        low = text.lower()
-        if any(p in low for p in phrases):
+    for k, present in enumerate(stems):
+        if any(stem in phrase for stem in present for phrase in phrases):
             for at in range(lines.offsets[k], lines.offsets[k + 1]):
                 line = _text(texts, lines, given, at).lower()
                 flags[at] = any(p in line for p in phrases)

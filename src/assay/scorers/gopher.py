@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -80,10 +81,16 @@ def trailing(texts: Texts, lines: Spans) -> np.ndarray:
     return three | ((texts.codes[last] == ELLIPSIS) & (lines.sizes > 0))
 
 
-def stop_words(texts: Texts, units: Spans, *, distinct: bool) -> np.ndarray:
-    hashes, wanted = texts.hashes(units), Texts(STOP_WORDS)
-    counts = np.zeros(len(texts), dtype=np.int64)
-    for word in wanted.hashes(wanted.chunks):
+@functools.cache
+def _wanted() -> np.ndarray:
+    texts = Texts(STOP_WORDS)
+    return texts.hashes(texts.chunks)
+
+
+def stop_words(units: Spans, hashes: np.ndarray, *, distinct: bool) -> np.ndarray:
+    """How many stop words each text has, or how many different ones."""
+    counts = np.zeros(len(units.counts), dtype=np.int64)
+    for word in _wanted():
         here = units.total(hashes == word)
         counts += np.minimum(here, 1) if distinct else here
     return counts
@@ -106,7 +113,8 @@ def repetition(
 def _datatrove(texts: Texts) -> dict[str, np.ndarray]:
     units = tokens(texts)
     number = units.counts
-    named = texts.any(units, ALNUM)
+    hashes, kinds = texts.hashes(units), texts.united(units)
+    named = kinds & ALNUM != 0
     lines = texts.split_lines
     inner = texts.stripped(lines)
     bullet = texts.has(BULLET)[inner.starts] & (inner.sizes > 0)
@@ -125,13 +133,13 @@ def _datatrove(texts: Texts) -> dict[str, np.ndarray]:
         "ellipses": ratio(ellipses(texts), number),
         "bullet_lines": ratio(lines.total(bullet), lines.counts),
         "ellipsis_lines": ratio(lines.total(trailing(texts, inner)), lines.counts),
-        "alpha_words": ratio(units.total(texts.any(units, ALPHA)), number),
-        "stop_words": stop_words(texts, units, distinct=True).astype(np.float64),
+        "alpha_words": ratio(units.total(kinds & ALPHA != 0), number),
+        "stop_words": stop_words(units, hashes, distinct=True).astype(np.float64),
         "dup_lines": ratio(line_copies + (before & after), filled.counts + before + after),
         "dup_paragraphs": ratio(copies, paragraphs.counts),
         "dup_line_chars": ratio(line_characters, texts.lengths),
         "dup_paragraph_chars": ratio(characters, texts.lengths),
-        **repetition(units, texts.hashes(units), texts.lengths, "datatrove"),
+        **repetition(units, hashes, texts.lengths, "datatrove"),
     }
 
 
@@ -150,8 +158,8 @@ def _dclm(texts: Texts, given: list[str]) -> dict[str, np.ndarray]:
         "symbols": ratio(symbols, chunks.counts),
         "bullet_lines": ratio(lines.total(np.isin(texts.codes[lines.starts], BULLETS)), lines.counts),
         "ellipsis_lines": ratio(lines.total(trailing(texts, lines) | apart), lines.counts),
-        "alpha_words": ratio(chunks.total(texts.any(chunks, ALPHA)), chunks.counts),
-        "stop_words": stop_words(folded, folded.chunks, distinct=False).astype(np.float64),
+        "alpha_words": ratio(chunks.total(texts.united(chunks) & ALPHA != 0), chunks.counts),
+        "stop_words": stop_words(folded.chunks, folded.hashes(folded.chunks), distinct=False).astype(np.float64),
         **repetition(units, texts.hashes(units), units.total(units.sizes), "dclm"),
     }
     for name, spans in (("line", lines), ("paragraph", paragraphs)):

@@ -26,5 +26,5 @@ class Length(Scorer):
 
     def score(self, state: Any, batch: Batch) -> Any:
         texts = Texts(batch.column("text"))
-        words = texts.chunks.total(texts.any(texts.chunks, ALNUM))
+        words = texts.chunks.total(texts.united(texts.chunks) & ALNUM != 0)
         return np.column_stack([texts.lengths, words]).astype(np.float64)

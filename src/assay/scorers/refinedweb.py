@@ -43,8 +43,8 @@ class Refinedweb(Scorer):
         given = batch.column("text")
         texts = Texts(given)
         lines, chunks = texts.lines, texts.chunks
-        line = np.searchsorted(lines.starts, chunks.starts, side="right") - 1
-        words = np.bincount(line[texts.any(chunks, ALNUM)], minlength=len(lines.starts))
+        line = lines.holding(chunks.starts)
+        words = np.bincount(line[texts.united(chunks) & ALNUM != 0], minlength=len(lines.starts))
         digits = texts.number(lines, DIGIT)
         rules = {
             "capital_lines": texts.number(lines, UPPER) > MOST_CAPITAL * lines.sizes,
