@@ -118,6 +118,22 @@ def measured(rng: random.Random, domains: dict[str, int]) -> list[dict[str, Any]
     return arms
 
 
+def stages(domains: dict[str, int]) -> list[dict[str, Any]]:
+    """A gate that takes nothing, and a filter that keeps a fifth of the smallest domain and nine tenths of the rest."""
+    least = min(domains, key=lambda name: domains[name])
+    out = {name: count // 5 if name == least else count * 9 // 10 for name, count in domains.items()}
+    total, left = sum(domains.values()), sum(out.values())
+    rows = lambda count: {"rows": count, "tokens": count * 101}  # noqa: E731
+    whole = {name: {"in": count, "out": count} for name, count in domains.items()}
+    some = {name: {"in": count, "out": out[name]} for name, count in domains.items()}
+    told = {"reasons": {"gopher: words outside [50, 100000]": total - left}}
+    flagged = [{"domain": least, "kept": out[least] / domains[least], "others": 0.9}]
+    return [
+        {"name": "contamination gate", "in": rows(total), "out": rows(total), "domains": whole, "reasons": {}},
+        {"name": "gopher", "in": rows(total), "out": rows(left), "domains": some, "starved": flagged, **told},
+    ]
+
+
 def realistic(domains: dict[str, int] = DOMAINS, texts: list[str] = TEXTS) -> dict[str, Any]:
     rng = random.Random(0)
     names, total = list(domains), sum(domains.values())
@@ -159,6 +175,7 @@ def realistic(domains: dict[str, int] = DOMAINS, texts: list[str] = TEXTS) -> di
                 }
             ]
         },
+        "pipelines": [{"arms": ["random-1", "trak"], "filters": [], "stages": stages(domains)}],
         "agreement": {
             "arms": scored_arms,
             "spearman": [[1, 0.71, 0.22, -0.35], [0.71, 1, 0.3, -0.2], [0.22, 0.3, 1, 0.05], [-0.35, -0.2, 0.05, 1]],
@@ -199,6 +216,10 @@ def hostile() -> dict[str, Any]:
     result["scores"] = {originals[name]: entry for name, entry in result["scores"].items()}
     result["scores"][originals["trak"]]["scatter"]["score"][3] = float("nan")
     result["agreement"]["arms"] = list(originals.values())
+    for stage, name in zip(result["pipelines"][0]["stages"], HOSTILE, strict=False):
+        stage["name"], stage["reasons"] = name, {text: 3 for text in HOSTILE}
+        stage["starved"] = [{"domain": text, "kept": float("nan"), "others": 1.0} for text in HOSTILE]
+    result["pipelines"][0]["arms"] = HOSTILE
     entry = {text: HOSTILE[0] for text in ("title", "x", "y")}
     result["curves"] = {HOSTILE[1]: [{**entry, "at": [0, 1], "lines": {text: [1.0, float("nan")] for text in HOSTILE}}]}
     for key in ("name", "command", "resume_command", "created", "assay"):
@@ -341,8 +362,8 @@ def test_every_section_of_a_full_run_is_there_and_none_of_a_minimal_one():
         return [a["id"] for tag, a in Seen(page.render(result)).elements if tag == "section"]
 
     assert sections(realistic()) == [
-        *("arms", "domains", "scores", "curves", "agreement", "examples", "planted", "drops", "contamination"),
-        *("quarantine", "checks", "ledger", "replay", "study", "environment", "glossary"),
+        *("arms", "domains", "filters", "scores", "curves", "agreement", "examples", "planted", "drops"),
+        *("contamination", "quarantine", "checks", "ledger", "replay", "study", "environment", "glossary"),
     ]
     assert sections(minimal()) == ["arms", "glossary"]
 
@@ -392,7 +413,7 @@ def test_verdict_better():
     assert sentences[2] == "less also beats random, by 0.13 (95% CI 0.08 to 0.18)."
     assert sentences[3] == "bm25 is unresolved: its interval includes zero."
     assert sentences[4] == "Worse than random: perplexity by 0.09 (95% CI 0.06 to 0.12)."
-    assert len(sentences) == 5
+    assert sentences[5:] == ["Filters change the mixture of domains: gopher keeps 20% of boilerplate."]
 
 
 def test_verdict_no_gain():
@@ -537,3 +558,19 @@ def test_the_curve_is_in_the_page():
     text = text[text.index('<section id="curves"') :]
     text = text[: text.index("</section>")]
     assert text.count('class="curve') == 2 and "held out" in text and "Dashed: what was kept, metastep 2." in text
+
+
+def test_filters_are_shown_stage_by_stage():
+    """Rows left, what was dropped and kept, the share of each domain, and a mark where a domain is starved."""
+    shown_page = page.render(realistic())
+    section = shown_page.split('id="filters"')[1].split("</section>")[0]
+    least = min(DOMAINS, key=lambda name: DOMAINS[name])
+    total = sum(DOMAINS.values())
+    left = sum(n // 5 if name == least else n * 9 // 10 for name, n in DOMAINS.items())
+    for shown in (f"{total:,}", f"{left:,}", f"{total - left:,}", "gopher: words outside [50, 100000]", "<b>! 20%</b>"):
+        assert shown in section, shown
+    assert section.count("<b>!") == 1
+    assert f"Filters change the mixture of domains: gopher keeps 20% of {least}" in shown_page
+    result = realistic()
+    result["pipelines"] = []
+    assert 'id="filters"' not in page.render(result)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -292,14 +293,11 @@ def _uids(path: str) -> list[bytes]:
     except (ValueError, EOFError, MemoryError, OverflowError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError("not an array of uids", where=path, why=why, fix="numpy.save of dtype 'u8,u8'") from error
-    if (
-        array.dtype.kind != "V"
-        or array.ndim != 1
-        or [array.dtype[i] for i in range(len(array.dtype))] != [np.uint64] * 2
-    ):
+    names = array.dtype.names or ()
+    if array.ndim != 1 or [array.dtype[name] for name in names] != [np.dtype(np.uint64)] * 2:
         why = f"its dtype is {array.dtype}, its shape {array.shape}"
         raise InputError("not an array of uids", where=path, why=why, fix="numpy.save of dtype 'u8,u8', one dimension")
-    high, low = (array[name].tolist() for name in array.dtype.names or ())
+    high, low = (array[name].tolist() for name in names)
     return [f"{a:016x}{b:016x}".encode() for a, b in zip(high, low, strict=True)]
 
 
@@ -307,14 +305,11 @@ def uids(ids: Sequence[bytes]) -> np.ndarray:
     """The inverse, sorted, as DataComp's resharder wants it. Raises `InputError` for ids of another form."""
     made = []
     for name in ids:
-        try:
-            number = int(name, 16) if len(name) == 32 else None
-        except ValueError:
-            number = None
-        if number is None:
+        if not re.fullmatch(rb"[0-9a-f]{32}", name):
             raise InputError(
                 f"id {name.decode()!r} is no uid", why="DataComp's are 128-bit numbers in 32 hexadecimal digits",
                 fix="export in another form, or drop copies first: ids from contents are such numbers but for copies",
             )  # fmt: skip
+        number = int(name, 16)
         made.append((number >> 64, number & (2**64 - 1)))
     return np.sort(np.array(made, dtype=UID))

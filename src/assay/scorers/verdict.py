@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from assay.core.errors import InputError
-from assay.core.keys import digest
+from assay.core.keys import decode_ids, digest
 from assay.core.method import Batch, Bounds, Context, FilePath, Scorer
 from assay.core.pool import Pool
 from assay.data import verdicts
@@ -142,7 +142,7 @@ class Verdict(Scorer):
         absent = np.flatnonzero(~seen)
         if len(absent) and self.missing is None:
             raise InputError(
-                f"{len(absent)} of {len(pool)} rows have no verdict, the first is id {pool.ids[absent[0]].decode()!r}",
+                f"{len(absent)} of {len(pool)} rows have no verdict, the first is id {decode_ids(pool.ids[absent[:1]])[0]!r}",
                 where=self.path, why="it does not hold them, or nothing in that column",
                 fix="set missing to the score that they get, such as missing = 1",
             )  # fmt: skip
@@ -183,7 +183,7 @@ def _same(pool: Pool, seen: np.ndarray, values: np.ndarray, rows: np.ndarray, gi
     bad += rows[seen[rows] & _differ(values[rows], given)].tolist()
     if bad:
         raise InputError(
-            f"two verdicts on id {pool.ids[bad[0]].decode()!r}", where=where, why="its key stands there more than once",
+            f"two verdicts on id {decode_ids(pool.ids[bad[:1]])[0]!r}", where=where, why="its key stands there more than once",
             fix="keep one row for each key",
         )  # fmt: skip
 
