@@ -275,3 +275,28 @@ def test_further_rounds_of_a_pool_are_near_copies(parts, tmp_path):
     assert found[:20] == texts and len(set(found)) == 60
     for first, again in zip(texts, found[20:40], strict=True):
         assert 0.6 < module.jaccard(module.shingles(first), module.shingles(again)) < 1
+
+
+def test_embeddings_contestants_find_the_same(parts):
+    """One cluster: plain numpy's largest cosines with earlier rows are those of semdedup, and so is the set pruned."""
+    from assay.core.method import Selector, make
+    from assay.core.selection import Budget
+
+    module = parts("embeddings")
+    x = module.vectors(300)
+    table, noted = module.scored(x, "semdedup", clusters=1, iterations=1)
+    # The plain one says 0 of the first, for which nothing is earlier.
+    np.testing.assert_allclose(np.minimum(table.column("score"), 1), 1 - module.plain_semdedup(x, 1, 1), atol=2e-6)
+    assert noted["reference"] == (table.column("score") < 0.05).sum() >= 25
+    table, _ = module.scored(x, "prototypes", clusters=1, iterations=1)
+    budget = Budget(40, "examples")
+    chosen = make(Selector, "density").select(table, np.ones(300, dtype=int), budget, barred={})
+    order = np.argsort(-table.column("distance"))[:40]
+    assert sorted(int(i) for i in chosen.ids.tolist()) == sorted(order.tolist())
+
+
+def test_embeddings_pairs_are_judged_by_either_of_the_two(parts):
+    pair = np.array([0, 1, 2, 0, 1, 2, -1, -1])
+    dropped = np.array([1, 0, 0, 1, 1, 0, 1, 0], dtype=bool)
+    found, precision = parts("embeddings").judged(dropped, pair, 3)
+    assert found.tolist() == [True, True, False] and precision == 0.75

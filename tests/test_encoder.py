@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from assay.core.errors import InputError
-from assay.core.method import Featurizer, make
+from assay.core.method import Featurizer, Scorer, make, placed
 from assay.core.pool import Pool
 from assay.core.run import Run
-from assay.measure import Measurer
+from assay.measure import Measurer, uses_model
 from helpers import text_pool, tiny_encoder
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'assay-data[hf]'")
@@ -123,6 +123,16 @@ def test_weights_that_are_missing_are_told(tmp_path: Path) -> None:
         else:
             with pytest.raises(InputError, match="parameters are not among the weights"):
                 made.vectors(texts)
+
+
+def test_in_a_study_a_folder_is_relative_and_an_id_of_the_hub_is_not(tmp_path: Path) -> None:
+    (tmp_path / "models" / "own").mkdir(parents=True)
+    for path, expected in (("models/own", str(tmp_path / "models/own")), ("intfloat/e5-small", "intfloat/e5-small")):
+        spec = {"name": "rds", "features": {"name": "encoder", "path": path}}
+        moved = placed(Scorer, spec, lambda value: str(tmp_path / value))
+        assert moved["features"]["path"] == expected and spec["features"]["path"] == path
+    assert not uses_model(make(Scorer, {"name": "semdedup", "features": "encoder"}))
+    assert uses_model(make(Scorer, "semdedup"))
 
 
 def test_minilm_knows_what_sentences_mean(tmp_path: Path) -> None:

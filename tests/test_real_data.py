@@ -59,3 +59,34 @@ def test_exact_duplicates_of_real_documents_are_found_and_nothing_else(mixed):
     assert {i for i, s in zip(pool.ids.tolist(), scores, strict=True) if s < 0} == expected
     assert len(expected) >= 1000, "each of the thousand planted copies has its original in the pool"
     assert np.all(scores <= 0)
+
+
+def test_semantic_duplicates_of_real_documents(tmp_path):
+    """Near copies of 300 documents among 700 others, by hashed words and pairs of words."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    from assay.core.method import Scorer, make
+    from assay.core.run import Run
+    from assay.measure import Measurer
+
+    defects = pq.read_table(DATA / "defects.parquet", columns=["id", "text", "defect", "of", "jaccard5"])
+    near = defects.filter(pa.compute.equal(defects["defect"], "near_dup")).slice(0, 300)  # type: ignore[attr-defined]
+    near = near.filter(pa.compute.greater_equal(near["jaccard5"], 0.7)).to_pydict()  # type: ignore[attr-defined]
+    texts = dict(
+        zip(*pq.read_table(DATA / "domains.parquet", columns=["id", "text"]).to_pydict().values(), strict=True)
+    )
+    known = {of: text for of, text in zip(near["of"], near["text"], strict=True) if of in texts}
+    others = [i for i in texts if i not in known][:700]
+    ids = [*known, *(f"{of}-near" for of in known), *others]
+    rows = HashingVectorizer(n_features=512, ngram_range=(1, 2)).transform(
+        [*(texts[of] for of in known), *known.values(), *(texts[i] for i in others)]
+    )
+    pool = Pool.from_columns({"id": ids, "x": np.asarray(rows.todense()).tolist()})  # type: ignore[attr-defined]
+    run = Run.open(tmp_path, {"name": "real"})
+    run.close()
+    method = make(Scorer, {"name": "semdedup", "features": {"name": "column", "column": "x"}})
+    scores = Measurer(run, pool, pool.at([0])).table(method).column("score")
+    gone = {identity for identity, score in zip(ids, scores, strict=True) if score < 0.1}
+    found = sum(of in gone or f"{of}-near" in gone for of in known)
+    right = sum(identity.removesuffix("-near") in known for identity in gone)
+    assert len(known) > 200 and found >= 0.98 * len(known) and right >= 0.98 * len(gone)

@@ -31,6 +31,7 @@ Bounds = Mapping[str, tuple[float | None, float | None]]
 """Lowest and highest value of a column that stays, by column; None where there is no such end."""
 FilePath = Annotated[str, "file"]
 """A file or a folder: in a study, relative to the study's own."""
+ModelPath = Annotated[str, "model"]  # where there is no such folder, the id of a model on the hub
 Targets = Literal["mean", "each"]
 """Scores for the mean over the target's examples, or a column for each of them, named after its id."""
 M = TypeVar("M", bound="Method")
@@ -451,15 +452,14 @@ def make(kind: type[M], spec: Any) -> M:
         )
     options = dict(spec)
     cls = find(kind, str(options.pop("name")))
-    known = [f.name for f in dataclasses.fields(cls)]
     for option in options:
-        if option not in known:
+        if option not in (known := [f.name for f in dataclasses.fields(cls)]):
             raise InputError(f"{spec['name']!r} has no option {option!r}", fix=nearest(option, known))
     return cls(**options)
 
 
 def placed(kind: type[Method], spec: Any, place: typing.Callable[[str], str]) -> Any:
-    """A method as a study writes it, with every `FilePath` of its own and of the methods it holds put by `place`."""
+    """A method as a study writes it, with each `FilePath` and `ModelPath` of it and what it holds put by `place`."""
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         return spec
     try:
@@ -468,10 +468,10 @@ def placed(kind: type[Method], spec: Any, place: typing.Callable[[str], str]) ->
         return spec
     moved = dict(spec)
     for option, value in spec.items():
-        inner = _method_type(hints.get(option))
-        if inner is not None:
+        if (inner := _method_type(hints.get(option))) is not None:
             moved[option] = placed(inner, value, place)
-        elif "file" in getattr(hints.get(option), "__metadata__", ()) and isinstance(value, str):
+        marks = getattr(hints.get(option), "__metadata__", ()) if isinstance(value, str) else ()
+        if "file" in marks or ("model" in marks and Path(place(value)).is_dir()):
             moved[option] = place(value)
     return moved
 

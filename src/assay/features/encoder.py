@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from assay.core.errors import InputError
 from assay.core.keys import digest
-from assay.core.method import Batch, Context, Cost, Count, Featurizer
+from assay.core.method import Batch, Context, Cost, Count, Featurizer, ModelPath
 
 
 class Encoder(Featurizer):
@@ -18,16 +18,19 @@ class Encoder(Featurizer):
     Reference: Reimers & Gurevych 2019, arXiv:1908.10084; by position: Muennighoff 2022, arXiv:2202.08904
     Note: `path` is the directory of a model as save_pretrained writes it, or its id on the hub; safetensors weights
         only. Longer texts are cut at `context` tokens. Which pooling a model was trained for, its card says; the
-        model's weights are part of the key of what is stored. Needs the extra 'hf'. Its passes are counted among the
-        operations spent, though its cost class is that of methods without the study's models
+        model's weights are part of the key of what is stored. Needs the extra 'hf'
     """
 
-    path: str = ""
+    path: ModelPath = ""
     context: Count = 256
     pooling: Literal["mean", "position", "first"] = "mean"
     column: str = "text"
 
-    cost: ClassVar[Cost] = "text"
+    cost: ClassVar[Cost] = "forward"
+
+    @property
+    def uses_models(self) -> bool:
+        return False  # a model of its own
 
     @cached_property
     def _weights(self) -> str:

@@ -20,7 +20,11 @@ class MiniLM(Featurizer):
     context: Count = 256
     column: str = "text"
 
-    cost: ClassVar[Cost] = "text"
+    cost: ClassVar[Cost] = "forward"
+
+    @property
+    def uses_models(self) -> bool:
+        return False  # a model of its own
 
     def init(self, context: Context) -> Any:
         from assay.train.encoder import TextEncoder

@@ -11,7 +11,7 @@ import numpy as np
 
 from assay.core.errors import InputError
 from assay.core.keys import digest, shuffled
-from assay.core.method import Batch, Bounds, Context, Cost, Count, Scorer
+from assay.core.method import Batch, Bounds, Context, Cost, Count, ModelPath, Scorer
 from assay.core.pool import Pool
 
 TEMPLATE = (
@@ -37,7 +37,7 @@ class AskLLM(Scorer):
         question up and the score says little. Not a measure of utility
     """
 
-    llm: str = ""
+    llm: ModelPath = ""
     template: str = TEMPLATE
     yes: tuple[str, ...] = (" yes", " Yes")
     no: tuple[str, ...] = (" no", " No")
