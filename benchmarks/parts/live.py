@@ -25,7 +25,7 @@ def most(work: Callable[[], Any]) -> int:
     now = top = 0
     for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stub
             top = max(top, now)
     del held
     return top

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from assay.core.errors import InputError
 from assay.core.keys import digest, encode_ids
 from assay.core.method import Scorer, Selector, make
 from assay.core.pool import Pool
-from assay.core.run import Run
+from assay.core.run import Ledger, Run
 from assay.core.selection import Budget, Selection
 from assay.data import toys
 from assay.measure import Measurer
@@ -159,6 +160,54 @@ def test_places_do_not_depend_on_the_order_of_ids() -> None:
     mixed = np.random.default_rng(0).permutation(50)
     assert visits(ids[mixed], counts[mixed]) == visits(ids, counts)
     assert visits(ids, counts, seed=1) != visits(ids, counts)
+
+
+def test_a_smaller_share_of_visits_is_a_part_of_a_larger_one() -> None:
+    """Whatever else is in the multiset; and it is the share that it says."""
+    ids, counts = encode_ids(f"e{k}" for k in range(3000)), 1 + np.arange(3000) % 2
+    runs = [visits(ids, counts, share=share) for share in (0.3, 0.6, 1.0)]
+    for less, more in zip(runs, runs[1:], strict=False):
+        assert all(not Counter(a) - Counter(b) for a, b in zip(less, more, strict=True))
+    assert runs[2] == visits(ids, counts)
+    whole = sum(map(len, runs[2]))
+    for run, share in zip(runs, (0.3, 0.6), strict=False):
+        assert abs(sum(map(len, run)) - share * whole) < 4 * np.sqrt(whole * share * (1 - share))
+
+
+def test_free_descent_trains_no_longer_as_its_multiset_grows(world: World, tmp_path: Path) -> None:
+    """Of a multiset twice the budget every other visit is made, in as many steps, at weight 1; of a small one the
+    loss is scaled up."""
+    own = bare(world, tmp_path, tau="free", most=0, share=0.3)
+    budget = RECIPE["steps"] * RECIPE["terms_per_step"]
+    for size, weight in ((90, 1.0), (180, 1.0), (300, 1.0), (600, 1.0), (45, 2.0)):
+        counts = np.zeros(300, dtype=np.int64)
+        counts[: min(size, 300)] = 2 if size == 600 else 1
+        training = own.training(counts, 0)
+        assert (training.selection.weights == weight).all() and len(training.batches) == RECIPE["steps"]
+        terms = sum(map(len, training.batches))
+        assert abs(terms * weight / budget - 1) < 0.06, (size, terms)
+
+
+def bare(world: World, folder: Path, **options: Any) -> _Descent:
+    """A descent on the digits, as while its method is computed."""
+    measurer = world.measurer(folder / "run")
+    frame: Any = SimpleNamespace(uses=[], warnings=[], notes={}, ledger=Ledger(), method=mgd(**OPTIONS))
+    measurer._stack.append(frame)
+    return _Descent.of(mgd(**{**OPTIONS, **options}), measurer)
+
+
+@pytest.mark.parametrize("options", [{}, {"insert": 3}, {"folds": 2, "window": 30}, {"tau": "free", "insert": 2}])
+def test_the_first_step_is_checked_by_finite_differences(world: World, tmp_path: Path, options: Any) -> None:
+    """The derivative is the slope that training itself shows; a wrong one is told."""
+    own = bare(world, tmp_path, precision="float64", **options)
+    counts = own.first()
+    seen, frame = own.seen(counts, set()), own.context._stack[-1]  # type: ignore[attr-defined]
+    own.checked(counts, seen.utility)
+    (note,) = frame.notes.values()
+    assert note["apart"] < 1e-3 and not frame.warnings
+    own.checked(counts, -seen.utility)
+    assert frame.notes.popitem()[1]["apart"] == pytest.approx(2.0, abs=0.01)
+    assert "mgd: the derivative is 200% off" in frame.warnings[0]
 
 
 def test_a_broken_last_pass_is_a_fair_share() -> None:
@@ -407,7 +456,7 @@ def test_it_begins_with_what_another_scorer_ranks_best(world: World, tmp_path: P
     measurer._stack.append(frame)  # as while a method is computed
     own = _Descent.of(method, measurer)
     assert not set(own.selects.tolist()) & set(own.holds.tolist())
-    assert len(own.selects) == len(own.holds) == len(world.target) / 2
+    assert (len(own.selects), len(own.holds)) == (320, 80), "a fifth watches"
     counts = own.first()
     part = world.target.at(np.flatnonzero(np.isin(world.target.ids, own.selects)))
     scores = measurer.asking(part).table(method.start).align(own.ids).column("score")

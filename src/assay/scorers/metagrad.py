@@ -11,7 +11,7 @@ import numpy as np
 import pydantic
 
 from assay.core.errors import InputError
-from assay.core.keys import digest, hash_ids
+from assay.core.keys import digest
 from assay.core.method import (
     Batch,
     Context,
@@ -24,6 +24,7 @@ from assay.core.method import (
     target_columns,
 )
 from assay.core.pool import among
+from assay.train import finite
 from assay.train.recipe import Recipe, overlaid
 
 if TYPE_CHECKING:
@@ -38,9 +39,6 @@ HELD = 1 << 27
 INSERTIONS = 4
 # Targets whose slopes are made at a time.
 SLOPES = 32
-# What the finite differences change all weights by, as a share of center; further apart than this from the derivative
-# they are worth a warning.
-STEP, APART = 0.02, 0.1
 
 
 @dataclass(frozen=True)
@@ -304,23 +302,12 @@ class _Sweeps:
             before = training.advance(before, step)
         base, apart = training.selection.weights, []
         for index in range(self.method.check):
-            signs = np.where(hash_ids(training.selection.ids, "signs", index) % np.uint64(2), 1.0, -1.0)
-            h = STEP * float(base.mean())
+            signs, h = finite.signs(training.selection.ids, index), finite.STEP * float(base.mean())
             ends = [
                 self._values(training.named(training.run(before, since, base + s * h * signs)), part) for s in (1, -1)
             ]
-            seen = (ends[0] - ends[1]) / (2 * h)
             said = np.einsum("n,pnc->c", signs, held["phases"].numpy())
-            apart.append(float(np.linalg.norm(seen - said) / max(float(np.linalg.norm(seen)), 1e-30)))
+            apart.append(finite.gap((ends[0] - ends[1]) / (2 * h), said))
         one = context.task.training_flops(training.encoded.sizes[training.rows], training.recipe.terms_per_step)
         context.spent(one * (since + 2 * len(apart) * (steps - since)))
-        worst = max(apart)
-        context.note(
-            "metagrad: derivative against finite differences",
-            f"off by {worst:.1%} when all data weights move by {STEP:.0%} at random", apart=worst,
-        )  # fmt: skip
-        if worst > APART:
-            context.warn(
-                f"metagrad: the derivative is {worst:.0%} off a finite difference of {STEP:.0%} in the data weights: "
-                "this training is not smooth, and its metagradients foretell little (assay verify --metasmooth)"
-            )
+        finite.tell(context, "metagrad", apart, "all data weights move by")

@@ -16,6 +16,7 @@ from assay.core.errors import InputError
 from assay.core.keys import digest_ids, hash_ids, shuffled, uniform
 from assay.core.method import Batch, Context, Cost, Count, NonNegative, Positive, Scorer
 from assay.core.pool import among
+from assay.train import finite
 from assay.train.recipe import Recipe, overlaid
 
 if TYPE_CHECKING:
@@ -54,19 +55,23 @@ class Mgd(Scorer):
         training on the multiset c with zeta_i n_i loss_i / T added to one step; s_i = c_i + (1 + v_i / (|v_i| + mean
         |v|)) / 2, v = u / n, of the metastep with the least f on targets held out
     Reference: Engstrom et al. 2025, arXiv:2503.13751 (MGD)
-    Note: a metastep trains on the multiset, for steps x terms_per_step terms whatever the counts are, goes back through
-        the last `window` steps (0: half of them), and scores the whole pool, counts of 0 included, as additions to
-        `insert` steps of it, the first where the window begins. `share` is the multiset's part of the pool's terms:
+    Note: a metastep trains on the multiset, for steps x terms_per_step terms whatever the counts are, goes back
+        through the last `window` steps (0: half of them), and scores the whole pool, counts of 0 included, as additions
+        to `insert` steps of it, the first where the window begins. `share` is the multiset's part of the pool's terms:
         give the budget of the cut, which then takes what descent ended with. start ranks the first multiset; without
         it, it is drawn. The size is fixed, so one copy in is another one out, and tau is the utility per term at which
-        both balance; tau = 'free' is 0, as published: whatever helps comes in, whatever harms goes, and the step's loss
-        is scaled by budget / size. most = 1 because a cut takes an example once; 0 lifts it. What has utility 0 stays.
-        Every copy has moments of its own in training, keyed by its id: a count that changes moves no other example. A
-        share `hold` of the target, keyed by id, only watches: after `patience` metasteps without a better loss on it
-        descent ends, and the best counts are kept. The mean of the target alone. What a model has learnt by heart has
-        little left to give, so one more copy of it is worth less than one of a stranger, however good both are: with
-        folds = k > 1, k models train on the multiset without a k-th of the ids each, and score that k-th, in or out of
-        it alike; losses are means over them. memory = m < 1 moves by the running mean m u_before + (1 - m) u
+        both balance; tau = 'free' is 0, as published: whatever helps comes in, whatever harms goes. Training is no
+        longer for that: of a multiset larger than the budget a keyed part of all visits is made, as many terms as the
+        budget has, and of a smaller one the loss is scaled up. most = 1 because a cut takes an example once; 0 lifts
+        it. What has utility 0 stays. Every copy has moments of its own in training, keyed by its id: a count that
+        changes moves no other example. A share `hold` of the target, keyed by id, only watches, and a larger one leaves
+        descent more to fit by chance: after `patience` metasteps without a better loss on it descent ends, and the best
+        counts are kept. The mean of the target alone. What a model has learnt by heart has little left to give, so one
+        more copy of it is worth less than one of a stranger, however good both are: with folds = k > 1, k models train
+        on the multiset without a k-th of the ids each, and score that k-th, in or out of it alike; losses are means
+        over them. memory = m < 1 moves by the running mean m u_before + (1 - m) u. `check` finite differences of the
+        first metastep, along random directions over all additions that one model scores, are noted beside its
+        derivative
     """
 
     start: Scorer | None = None
@@ -78,9 +83,10 @@ class Mgd(Scorer):
     most: Annotated[int, pydantic.Field(ge=0)] = 1
     window: Annotated[int, pydantic.Field(ge=0)] = 0
     insert: Count = 1
-    hold: Positive = 0.5
+    hold: Positive = 0.2
     patience: Count = 4
     folds: Count = 1
+    check: Annotated[int, pydantic.Field(ge=0)] = 1
     measure: Literal["loss", "margin"] = "loss"
     recipe: dict[str, Any] | None = None
     branch: Annotated[int, pydantic.Field(ge=0)] = 0
@@ -99,7 +105,9 @@ class Mgd(Scorer):
         length = overlaid(self.name, None, self.recipe) if self.recipe and "steps" in self.recipe else None
         terms = pool if length is None else length.steps * length.terms_per_step
         window = self.window / length.steps if self.window and length else TAIL
-        return (self.metasteps + 1) * (max(1, self.folds - 1) * terms * (1 + 3 * min(1.0, window)) + self.insert * pool)
+        window = min(1.0, window)
+        one = max(1, self.folds - 1) * terms * (1 + 3 * window) + self.insert * pool
+        return (self.metasteps + 1) * one + self.check * 2 * (window * terms + self.insert * pool)
 
     def span(self, recipe: Recipe) -> int:
         """Steps at the end of training that are differentiated."""
@@ -113,6 +121,8 @@ class Mgd(Scorer):
         slow = descent.audited(counts)
         for metastep in range(self.metasteps + 1):
             seen = descent.seen(counts, slow)
+            if not metastep and self.check:
+                descent.checked(counts, seen.utility)
             terms = int(counts @ descent.sizes)
             rows.append({"metastep": metastep, "select": seen.select, "hold": seen.hold, "changed": changed,
                          "terms": terms})  # fmt: skip
@@ -286,14 +296,15 @@ class _Descent:
         method, folds = self.method, self.method.folds
         inside = np.flatnonzero((counts > 0) & ((folds == 1) | (self.folds != fold)))
         inside = inside if len(inside) else np.flatnonzero(counts)
-        scale = folds / max(1, folds - 1)
+        scale, made = folds / max(1, folds - 1), 1.0
         if method.tau == "free":
-            scale = self.budget / float(counts[inside] @ self.sizes[inside])
+            part = self.budget / float(counts[inside] @ self.sizes[inside])
+            scale, made = max(1.0, part), min(1.0, part)
         return Multiset(
             self.context.task, self.context.encoded(self.context.pool), self.rows[inside],
             Selection(self.ids[inside], np.full(len(inside), scale)), self.recipe,
             dtype=getattr(torch, method.precision), counts=counts[inside],
-            passes=self.recipe.steps * self.recipe.terms_per_step / self.budget,
+            passes=self.recipe.steps * self.recipe.terms_per_step / self.budget, share=made,
         )  # fmt: skip
 
     def audited(self, counts: np.ndarray) -> set[str]:
@@ -314,10 +325,50 @@ class _Descent:
         select, hold = (float(np.mean([f[k] for f in found])) for k in range(2))
         return _Seen(select, hold, np.sum([f[2] for f in found], axis=0))
 
+    def window(self) -> tuple[int, list[int]]:
+        """The first step that is differentiated, and those that examples are added to."""
+        count = self.method.span(self.recipe)
+        since = self.recipe.steps - count
+        return since, [since + j * count // self.method.insert for j in range(self.method.insert)]
+
+    def checked(self, counts: np.ndarray, utility: np.ndarray) -> None:
+        """Finite differences beside the derivative of the first fold, along random signs over what it scores."""
+        context, (since, steps) = self.context, self.window()
+        training, own = self.training(counts, 0), np.flatnonzero(self.folds == 0)
+        before, apart = training.initial(), []
+        for step in range(since):
+            before = training.advance(before, step)
+
+        def value(zeta: np.ndarray) -> float:
+            state = before
+            for step in range(since, self.recipe.steps):
+                more = step in steps
+                state = training.added(state, step, self.rows[own], zeta) if more else training.advance(state, step)
+            return self._loss(training.named(state), self.selects)
+
+        for index in range(self.method.check):
+            signs = finite.signs(self.ids[own], index)
+            ends = [value(s * finite.STEP * signs) for s in (1, -1)]
+            said = -len(steps) * float(signs @ utility[own])
+            apart.append(finite.gap(np.array([ends[0] - ends[1]]) / (2 * finite.STEP), np.array([said])))
+        one = context.task.training_flops(self.sizes, self.recipe.terms_per_step)
+        added = 3 * len(steps) * context.task.forward_flops(self.sizes[own])
+        context.spent(one * since + 2 * len(apart) * (one * (self.recipe.steps - since) + added))
+        finite.tell(context, "mgd", apart, "a little of each example is added or taken away, a share of")
+
+    def _loss(self, params: Any, ids: np.ndarray) -> float:
+        """The mean of f over some of the target's examples."""
+        import torch
+
+        from assay.numerics.curvature import reading
+
+        f = reading(self.context.task, self.method.measure)
+        with torch.no_grad():
+            return float(np.concatenate([f(params, part).double().numpy() for part in self._asked(ids)]).mean())
+
     def _kept(self, training: Multiset, slow: set[str], fold: int) -> Path:
         context, method, recipe = self.context, self.method, training.recipe
-        since = recipe.steps - method.span(recipe)
-        steps = [since + j * (recipe.steps - since) // method.insert for j in range(method.insert)]
+        since, steps = self.window()
 
         def build(path: Path) -> None:
             import torch
@@ -362,11 +413,7 @@ class _Descent:
             training, objective, branch=self.method.branch, since=since, pushes=steps, path=path,
             progress=context.progress,
         )  # fmt: skip
-        with torch.no_grad():
-            losses = [
-                float(np.concatenate([f(made.final, part).double().numpy() for part in self._asked(ids)]).mean())
-                for ids in (self.selects, self.holds)
-            ]
+        losses = [self._loss(made.final, ids) for ids in (self.selects, self.holds)]
         pushes = [(p, torch.cat([a.flatten(1) for a in push], dim=1).T) for p, push in made.pushes.values()]
         added = Additions(context.task, names, slow, pushes, training.recipe.terms_per_step)
         utility = np.zeros(len(self.ids))

@@ -143,6 +143,19 @@ class Training:
         )  # fmt: skip
         return State(params, slots)
 
+    def added(self, state: State, step: int, rows: np.ndarray, zeta: np.ndarray) -> State:
+        """As `advance`, with zeta_i n_i loss_i / T of further rows of `encoded` added to the loss of the step: what is
+        added is read without noise."""
+        batch, params, terms = self.batches[step], self.named(state), self.recipe.terms_per_step
+        own, _ = loop.gradient(
+            self.task, params, self.encoded, self.rows[batch], self.selection.weights[batch], terms,
+            self.noise(step, batch),
+        )  # fmt: skip
+        more, _ = loop.gradient(self.task, params, self.encoded, rows, zeta, terms)
+        slope = {n: a + b for n, a, b in zip(params, own, more, strict=True)}
+        clipped = optim.clip([slope[n] for n in self.moved], self.recipe.clip)
+        return State(*optim.update(self.recipe, clipped, state.slots, state.params, step))
+
     def run(self, state: State, since: int, weights: np.ndarray | None = None) -> State:
         """The state at the end, from the one before the step `since`."""
         for step in range(since, self.recipe.steps):
@@ -267,8 +280,9 @@ def metagradient(
     The derivative is exact: that of the very run, order, batches, noise and all. `branch` is the k of the REPLAY tree
     (0: the square root of the number of steps, two levels); `since` > 0 differentiates through a suffix of training
     only, its earlier steps taken as given. With a `path` the states of the tree's first level are kept there, a killed
-    run goes on from what there is to the same bytes, and `path` is the caller's to remove: a kill costs at most the
-    steps of one child of the tree in training; on the way back, a sixteenth of its steps and one child's replay.
+    run goes on from what there is to the same bytes, and `path` is the caller's to remove. A kill costs at most the
+    steps of one child of the tree (or those before `since`) in training; on the way back, a sixteenth of its steps, and
+    the replay of the children that those and the next one are in.
 
     Memory, with P the bytes of the trained weights, S = P (1 + slots) those of a state and k targets: N S + k S + P + W
     at the most, for N = `exact_costs(T, branch)[1]` states (with a `path` those of one child alone: the tree's first
