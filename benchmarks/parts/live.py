@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from assay.numerics.tree import cuts, exact_costs
 from assay.train.adjoint import Adjoint
-from assay.train.replay import State, Training, reverse
+from assay.train.replay import State, Training
+from assay.train.reverse import reverse
 
 
 def most(work: Callable[[], Any]) -> int:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.parts.reversal [--quick]
 
-`train` is the trainer's own step (gradient, clipping, update). `step-only`: `replay.reverse` with 1 target and with 16.
+`train` is the trainer's own step (gradient, clipping, update). `step-only`: `reverse.reverse` with 1 target and with 16.
 `sqrt-1-target` and `log-1-target`: a whole sweep of 256 steps by the tree of 16 branches, less its training; and what
 the tree of two costs, by its exact number of restored steps at the price of a training step. `sqrt-16-targets`: as
 the last, a target. Memory, of a sweep of 2 or of 16 branches, in memory or on disk: `seen`, the most bytes of tensors
@@ -88,7 +88,8 @@ def rows(quick: bool, threads: int, python: Path | None = None) -> list[Row]:
 def _steps(place: World, folder: Path, steps: int, quick: bool) -> list[Row]:
     from assay.numerics.tree import exact_costs
     from assay.train.adjoint import Adjoint
-    from assay.train.replay import metagradient, reverse
+    from assay.train.replay import metagradient
+    from assay.train.reverse import reverse
 
     made, inputs = training(place, folder, steps)
     held = {"state": made.initial(), "at": 0}
@@ -158,7 +159,8 @@ def peak(model: str, documents: str, steps: int, branch: int, where: str) -> Non
 
     from assay.core.progress import Progress
     from assay.train.adjoint import Adjoint
-    from assay.train.replay import metagradient, reverse
+    from assay.train.replay import metagradient
+    from assay.train.reverse import reverse
 
     class Watch(Progress):
         most = 0
