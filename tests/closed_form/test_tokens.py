@@ -8,7 +8,8 @@ from assay.numerics.characters import Spans, Texts
 from assay.numerics.tokens import sentences, tokens, words
 
 SPACY = [
-    "Smith does|n't know J. Doe|'s e|-|mail (|it|'s well|-|known|)|, does he|?",
+    "Mr. Smith does|n't know J. Doe|'s e|-|mail (|it|'s well|-|known|)|, does he|?",
+    "(|Mrs. X|, e.g.|, 10|-|K or 610|+ in](https://a.org|/|b|) paid at 5 p.m.|!",
     "He paid $|3.50|... for 1,000 items|; see https://a.org/b-c/D or x|=|y+1|!",
     "U.S. trade rose 5|-|10|% and fell|--|say the U.K.|'s '|best|' men|.",
     "We|'re sure they said|: \"|No|!|\" I ca|n't|.",

@@ -8,6 +8,7 @@ a digit.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,12 @@ from assay.numerics.characters import (
     Texts,
 )  # fmt: skip
 
+# What spaCy keeps a full stop with.
+ABBREVIATIONS = (
+    "Mr Mrs Ms Dr Prof St Jr Inc Corp Co co Ltd Gen Gov Rep Rev Sen vs e.g E.g i.e I.e a.m p.m Ph.D D.C Bros Messrs Mo "
+    "Md Mont Adm Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec Ala Ariz Ark Calif Colo Conn Del Fla Ga Ia Id Ill "
+    "Ind Kan Kans Ky La Mass Mich Minn Miss N.C N.D N.H N.J N.M N.Y Neb Nebr Nev Okla Ore Pa S.C Tenn Va Wash Wis"
+)
 _ENDINGS = ("s", "S", "m", "d", "re", "ve", "ll")
 
 
@@ -83,7 +90,8 @@ def tokens(texts: Texts) -> Spans:
         return texts.chunks
     marks, space = _Marks.of(texts), texts.has(SPACE)
     begins = np.zeros(len(texts.codes) + 1, dtype=bool)
-    edge = _lead(marks) | _trail(texts, marks)
+    lead = _lead(marks)
+    edge = lead | _trail(texts, marks, marks.places[lead])
     places = marks.places[edge]
     begins[places] = begins[places + 1] = True
     begins[_infix(texts, marks.only(~edge))] = True
@@ -109,18 +117,41 @@ def _lead(marks: _Marks) -> np.ndarray:
     return flags & chosen[run] if len(chosen) else flags
 
 
-def _trail(texts: Texts, marks: _Marks) -> np.ndarray:
-    """Flags of the marks with which a chunk ends. A single full stop stays with a single capital: 'J.' and 'U.S.'."""
-    flags = (marks.here & TRAIL) != 0
+def _trail(texts: Texts, marks: _Marks, lead: np.ndarray) -> np.ndarray:
+    """Flags of the marks with which a chunk ends; `lead`: places of those with which one begins.
+
+    A single full stop stays with a single capital ('J.', 'U.S.') and with an abbreviation.
+    """
+    plus = (texts.codes[marks.places] == ord("+")) & (marks.before & DIGIT != 0)
+    flags = (marks.here & TRAIL != 0) | plus
     first, last, run = marks.runs(flags)
     if not len(first):
         return flags
     chosen = (marks.after[last] & SPACE) != 0
     found = flags & chosen[run]
-    capital = (marks.before[first] & UPPER != 0) & (texts.kinds[marks.places[first] - 2] & UPPER == 0)
-    initial = capital & (marks.here[first] & DOT != 0) & ~marks.double[first]
-    found[first[initial]] = False
+    first = first[chosen & (marks.here[first] & DOT != 0) & ~marks.double[first]]
+    stops = marks.places[first]
+    initial = (marks.before[first] & UPPER != 0) & (texts.kinds[stops - 2] & UPPER == 0)
+    starts = texts.chunks.starts[texts.chunks.holding(stops)]
+    starts = starts + np.searchsorted(lead, stops) - np.searchsorted(lead, starts)
+    found[first[initial | np.isin(_packed(texts.codes, starts, stops), _abbreviations())]] = False
     return found
+
+
+def _packed(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Spans of at most eight characters as numbers, 0 for longer ones and for such as have one above 255."""
+    packed, fits = np.zeros(len(starts), dtype=np.uint64), ends - starts <= 8
+    for k in range(8):
+        code = np.where(starts + k < ends, codes[np.minimum(starts + k, ends)], 0)
+        packed |= code.astype(np.uint64) << np.uint64(8 * k)
+        fits &= code < 256
+    return np.where(fits, packed, np.uint64(0))
+
+
+@functools.cache
+def _abbreviations() -> np.ndarray:
+    words = ABBREVIATIONS.split()
+    return np.array([int.from_bytes(w.encode("latin-1"), "little") for w in words], dtype=np.uint64)
 
 
 def _infix(texts: Texts, marks: _Marks) -> np.ndarray:
@@ -138,9 +169,12 @@ def _infix(texts: Texts, marks: _Marks) -> np.ndarray:
     cut |= marks.double | (code == ELLIPSIS)
     # Up to three hyphens between letters are one token.
     first, last, _ = marks.runs(marks.here & HYPHEN != 0)
-    joined = (marks.before[first] & marks.after[last] & ALPHA != 0) & (last - first < 3)
+    joined = (marks.before[first] & ALNUM != 0) & (marks.after[last] & ALPHA != 0) & (last - first < 3)
     slashes = places[(code == ord("/")) & (texts.codes[places - 1] == ord("/")) & (texts.codes[places - 2] == ord(":"))]
-    whole = np.unique(texts.chunks.holding(slashes))
+    # An address is a chunk that has no mark before its ://
+    within = texts.chunks.holding(slashes)
+    fresh = np.searchsorted(places, texts.chunks.starts[within]) == np.searchsorted(places, slashes - 2)
+    whole = np.unique(within[fresh])
     outside = ~np.isin(texts.chunks.holding(places), whole) if len(whole) else np.ones(len(places), dtype=bool)
     first, last, cut = first[joined & outside[first]], last[joined & outside[first]], places[cut & outside]
     return np.concatenate([cut, cut + 1, places[first], places[last] + 1])
