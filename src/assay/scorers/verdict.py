@@ -141,8 +141,9 @@ class Verdict(Scorer):
         """With the number for rows that the file does not hold, or an error that names them."""
         absent = np.flatnonzero(~seen)
         if len(absent) and self.missing is None:
+            first = decode_ids(pool.ids[absent[:1]])[0]
             raise InputError(
-                f"{len(absent)} of {len(pool)} rows have no verdict, the first is id {decode_ids(pool.ids[absent[:1]])[0]!r}",
+                f"{len(absent)} of {len(pool)} rows have no verdict, the first is id {first!r}",
                 where=self.path, why="it does not hold them, or nothing in that column",
                 fix="set missing to the score that they get, such as missing = 1",
             )  # fmt: skip
@@ -182,8 +183,9 @@ def _same(pool: Pool, seen: np.ndarray, values: np.ndarray, rows: np.ndarray, gi
     bad = rows[twice[_differ(given[twice], given[before])]].tolist()
     bad += rows[seen[rows] & _differ(values[rows], given)].tolist()
     if bad:
+        first = decode_ids(pool.ids[bad[:1]])[0]
         raise InputError(
-            f"two verdicts on id {decode_ids(pool.ids[bad[:1]])[0]!r}", where=where, why="its key stands there more than once",
+            f"two verdicts on id {first!r}", where=where, why="its key stands there more than once",
             fix="keep one row for each key",
         )  # fmt: skip
 
