@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import small_study
 from assay import plan as planner
@@ -19,6 +20,7 @@ from assay.data import toys
 from assay.job import run_study
 from assay.report.page import build
 from assay.study import load, parse
+from assay.terminal import show_result
 from assay.trust.run import spec as verified
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,6 +133,22 @@ def test_the_report_shows_them(done: tuple[Any, dict[str, Any], Path]) -> None:
     assert "random-1, random-2, bm25, everything" in section and "long bm25, long random" in section
     assert re.search(r"<b>! 0%</b>", section) and "length: score below 20" in section
     assert "Filters change the mixture of domains: length keeps 0% of short" in page
+
+
+def test_the_dataset_and_the_terminal_tell_of_them(done: tuple[Any, dict[str, Any], Path]) -> None:
+    _, result, out = done
+    card = (out / "dataset" / "long bm25" / "README.md").read_text()
+    gate = result["pipelines"][1]["stages"][0]["out"]["rows"]
+    assert f"| exact_dup | {gate} | {gate - 5} |\n| length | {gate - 5} | {gate - 35} |" in card
+    manifest = json.loads((out / "dataset" / "long bm25" / "manifest.json").read_text())
+    assert manifest["filters"]["stages"] == result["pipelines"][1]["stages"]
+    console = Console(record=True, width=200)
+    show_result(result, console)
+    said = console.export_text()
+    assert (
+        f"rows left for long bm25, long random: contamination gate {gate}, exact_dup {gate - 5}, length {gate - 35}"
+        in said
+    )
 
 
 def test_the_stored_study_says_all_and_runs_to_the_same_selections(

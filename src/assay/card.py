@@ -80,6 +80,12 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
             *planted,
             "",
         ]
+    stages = [
+        f"| {_plain(stage['name'])[:80]} | {stage['in']['rows']:,} | {stage['out']['rows']:,} |"
+        for stage in pipeline(arm, result).get("stages", [])
+    ]
+    if stages:
+        lines += ["## Filters", "", "| stage | rows in | rows out |", "|---|---|---|", *stages, ""]
     hits = result["contamination"]
     lines += [
         "## Contamination", "",
@@ -91,10 +97,16 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pipeline(arm: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """What the filters before an arm's budget did; empty where there are none."""
+    return next((one for one in result["pipelines"] if arm["name"] in one["arms"]), {})
+
+
 def manifest(arm: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """What makes the dataset auditable, for machines."""
     keys = ("pool", "target", "budget", "training", "contamination", "environment", "study")
-    return {"assay": result["assay"], "arm": arm, **{k: result[k] for k in keys}}
+    filters = {k: v for k, v in pipeline(arm, result).items() if k != "arms"}
+    return {"assay": result["assay"], "arm": arm, "filters": filters, **{k: result[k] for k in keys}}
 
 
 def _plain(text: str) -> str:

@@ -169,6 +169,10 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
         for kind, value in aucs.items():
             if not arm["name"].startswith("random"):
                 console.print(Text(f"AUC of {kind} detection by {arm['name']}: {value:.3f}"))
+    for pipeline in result["pipelines"]:
+        left = [f"{stage['name']} {stage['out']['rows']:,}" for stage in pipeline["stages"]]
+        who = ", ".join(pipeline["arms"][:4]) + (", ..." if pipeline["arms"][4:] else "")
+        console.print(Text(f"rows left for {who}: {', '.join(left)} of {result['pool']['rows']:,}", "dim"))
     best = result["recommended"]
     text = (
         f"{best} beats random selection by the most; arms are not tested against each other."
