@@ -10,7 +10,6 @@ import numpy as np
 import xxhash
 
 from assay.core.errors import InputError
-from assay.core.keys import encode_ids
 from assay.core.method import Batch, Bounds, Context, Scorer
 from assay.engine import local
 
@@ -95,19 +94,21 @@ class ExactDup(Scorer):
         starts, found = range(0, len(pool), BLOCK), np.empty((len(pool), 2), dtype=np.uint64)
         for start, block in zip(starts, local.map(_block, (self, pool), starts, workers=workers), strict=True):
             found[start : start + BLOCK] = block
-        rows = repeated(found)
-        ids = pool.ids[rows]
-        best = -self._priorities(pool, rows)
-        order = np.lexsort((ids, best, found[rows, 0], found[rows, 1]))
-        group = found[rows[order]]
+        rows = candidates(found)
+        ids, keyed = pool.ids[rows], found[rows]
+        order = np.lexsort((ids, -self._priorities(pool, rows), keyed[:, 0], keyed[:, 1]))
+        ids, keyed = ids[order], keyed[order]
         fresh = np.ones(len(rows), dtype=bool)
-        fresh[1:] = (group[1:] != group[:-1]).any(axis=1)
+        fresh[1:] = (keyed[1:] != keyed[:-1]).any(axis=1)
         at = np.arange(len(rows))
         before = at - np.maximum.accumulate(np.where(fresh, at, 0))
-        by_id = np.argsort(ids[order], kind="stable")
+        alone = fresh.copy()
+        alone[:-1] &= fresh[1:]
+        ids, before, fresh = ids[~alone], before[~alone], fresh[~alone]
+        by_id = np.argsort(ids, kind="stable")
         # Groups are numbered in the order of their keys, which no order of files can change.
         numbers = np.stack([-before.astype(np.float64), np.cumsum(fresh) - 1.0], axis=1) + 0.0  # no negative zero
-        return encode_ids(ids[order][by_id].tolist()), numbers[by_id]
+        return ids[by_id], numbers[by_id]
 
     def _priorities(self, pool: Any, rows: np.ndarray) -> np.ndarray:
         if not self.priority:
@@ -151,16 +152,16 @@ def _block(job: tuple[ExactDup, Any], start: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-def repeated(found: np.ndarray) -> np.ndarray:
-    """Rows, ascending, of `[n, 2]` keys whose key another row has as well; the key of zeros is none."""
-    # By one half first: where it is alone, so is the whole. Two sorted columns of all would take four times the room.
+def candidates(found: np.ndarray) -> np.ndarray:
+    """Rows, ascending, of `[n, 2]` keys whose first half another row has as well; the key of zeros is none.
+
+    Where one half is alone, so is the whole: only what is left is sorted by both.
+    """
     order = np.argsort(found[:, 0], kind="stable")
     half = found[order, 0]
     same = half[1:] == half[:-1]
     shared = np.zeros(len(found), dtype=bool)
     shared[1:] = same
     shared[:-1] |= same
-    rows = order[shared]
-    rows = rows[found[rows].any(axis=1)]
-    _, which, counts = np.unique(found[rows], axis=0, return_inverse=True, return_counts=True)
-    return np.sort(rows[counts[which.ravel()] > 1])
+    rows = np.sort(order[shared])
+    return rows[found[rows].any(axis=1)]
