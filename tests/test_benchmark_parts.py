@@ -300,3 +300,22 @@ def test_embeddings_pairs_are_judged_by_either_of_the_two(parts):
     dropped = np.array([1, 0, 0, 1, 1, 0, 1, 0], dtype=bool)
     found, precision = parts("embeddings").judged(dropped, pair, 3)
     assert found.tolist() == [True, True, False] and precision == 0.75
+
+
+def test_a_mixture_has_equal_parts_and_any_one_domain_would_fill_the_budget(parts, tmp_path):
+    descent = parts("descent")
+    if not descent.DATA.exists():
+        pytest.skip("the shared data are not here")
+    world = descent.mixture(tmp_path, True)
+    scale, names = descent.QUICK, np.array(world.pool.column("domain"))
+    for domain in descent.MIXED:
+        alone = world.arms[f"only-{domain}"](world) > 0
+        assert alone.sum() == scale.clean and world.sizes[alone].sum() == world.budget
+        assert (names[alone] == domain).all() and world.good[alone].all()
+    assert world.good.sum() == 3 * scale.clean and set(names[world.good]) == set(descent.MIXED)
+    for part in (world.selecting, world.judging):
+        counts = [part.column("domain").count(domain) for domain in descent.MIXED]
+        assert len(set(counts)) == 1 and sum(counts) == len(part)
+    seen = [set(part.ids.tolist()) for part in (world.pool, world.selecting, world.judging)]
+    assert sum(map(len, seen)) == len(set.union(*seen)), "no document is in two of them"
+    assert {f"only-{domain}" for domain in descent.MIXED} < set(world.nulls) < set(world.arms)

@@ -1,15 +1,17 @@
 """Metagradient descent beside other ways to choose: paired trainings on what each selects, and how much it gains.
 
-    python -m benchmarks.parts.descent [--quick] [--threads N]
+    python -m benchmarks.parts.descent [--quick] [--threads N] [--worlds digits,noisy,mixture]
 
 mgd-noisy-domain  documents of twelve domains; of the target's own domain as many have their words shuffled as are
     clean, and the budget is as many as are clean. Clean ones alone are the oracle; words cannot tell them apart.
+mgd-mixture  the same documents without noise, for a target of three domains in equal parts, as many of each in the pool
+    as the budget holds: any one of the three alone would fill it, and is an arm. Equal parts are the oracle.
 mgd-digits  handwritten digits, a fifth of the labels wrong; the budget is seven tenths of them.
 
 Every arm is trained at the same seeds on the same number of terms, and judged on targets that chose nothing. Gains are
 of judged loss: `gain_over_random` over three random draws, `gain_over_best_null` over the best of what looks at no
-gradient (random, words, loss), `gain_over_METHOD` over another arm; intervals treat draws, seeds and targets as crossed
-random factors. `flips_removed`: the share of wrong labels that descent does not end with.
+gradient (random, words, loss, one domain), `gain_over_METHOD` over another arm; intervals treat draws, seeds and
+targets as crossed random factors. `flips_removed`: the share of wrong labels that descent does not end with.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,7 @@ class Scale:
 
 
 FULL, QUICK = Scale(), Scale(each=20, clean=25, select=16, judge=24, steps=12, metasteps=1, seeds=2)
+MIXED = ("biomed", "code", "legal")
 # Seeds of judged trainings are recipe.seed * 1000 + k: those of descent and of scoring models are others.
 OWN = 77
 
@@ -95,58 +99,87 @@ class World:
 
 
 def noisy(folder: Path, quick: bool) -> World:
-    import pyarrow.parquet as pq
-
     from assay.scorers.loss_diff import shuffle_words
-    from assay.train.models import LanguageModel, train_tokenizer
 
     scale = QUICK if quick else FULL
-    clean, select, judge = scale.clean, scale.select, scale.judge
-    table = pq.read_table(DATA / "domains" / "domains.parquet", columns=["id", "text", "domain"])
-    columns = {name: table[name].to_pylist() for name in table.column_names}
-    order = shuffled(encode_ids(columns["id"]), "descent", "documents")
-    own: dict[str, list[int]] = {}
-    for row in order.tolist():
-        if len(columns["text"][row]) >= 600:  # fills the context
-            own.setdefault(columns["domain"][row], []).append(row)
-
-    def part(rows: list[int]) -> Pool:
-        return Pool.from_columns({name: [values[row] for row in rows] for name, values in columns.items()})
-
+    clean, held = scale.clean, scale.select + scale.judge
+    own = _documents()
     target = own.pop("biomed")
-    selecting, judging = part(target[:select]), part(target[select : select + judge])
-    rest = target[select + judge :]
-    noise = shuffle_words(part(rest[clean : 2 * clean]), 0)
-    texts = part([*rest[:clean], *(row for rows in own.values() for row in rows[: scale.each])])
-    pool = Pool.from_columns(
-        {
-            "id": [i.decode() for i in [*texts.ids.tolist(), *noise.ids.tolist()]],
-            "text": [*texts.column("text"), *noise.column("text")],
-        }
-    )
-    context, vocab = 96, 1024
+    rest = target[held:]
+    texts = [*rest[:clean], *(row for rows in own.values() for row in rows[: scale.each])]
+    noise = shuffle_words(_pool(rest[clean : 2 * clean]), 0)
+    shuffled_ones = [
+        {"id": i.decode(), "text": text, "domain": "shuffled"}
+        for i, text in zip(noise.ids.tolist(), noise.column("text"), strict=True)
+    ]
+    return _read("mgd-noisy-domain", [*texts, *shuffled_ones], target[:held], {"biomed"}, {}, scale, folder)
+
+
+def mixture(folder: Path, quick: bool) -> World:
+    scale = QUICK if quick else FULL
+    own, part, judge = _documents(), scale.select // 3, scale.judge // 3
+    targets = [own.pop(name) for name in MIXED]
+    select = [row for rows in targets for row in rows[:part]]
+    judged = [row for rows in targets for row in rows[part : part + judge]]
+    texts = [row for rows in targets for row in rows[part + judge : part + judge + scale.clean]]
+    texts += [row for rows in own.values() for row in rows[: scale.each]]
+    alone = {f"only-{name}": partial(only, domain=name) for name in MIXED}
+    sized = replace(scale, select=len(select), judge=len(judged))
+    return _read("mgd-mixture", texts, [*select, *judged], set(MIXED), alone, sized, folder)
+
+
+def _documents() -> dict[str, list[dict[str, str]]]:
+    """Rows by domain, in a keyed order; each fills the context."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(DATA / "domains" / "domains.parquet", columns=["id", "text", "domain"]).to_pylist()
+    own: dict[str, list[dict[str, str]]] = {}
+    for row in shuffled(encode_ids(one["id"] for one in table), "descent", "documents").tolist():
+        if len(table[row]["text"]) >= 600:
+            own.setdefault(table[row]["domain"], []).append(table[row])
+    return own
+
+
+def _pool(rows: list[dict[str, str]]) -> Pool:
+    return Pool.from_columns({name: [row[name] for row in rows] for name in ("id", "text", "domain")})
+
+
+def _read(
+    case: str, documents: list[dict[str, str]], target: list[dict[str, str]], good: set[str], alone: dict[str, Any],
+    scale: Scale, folder: Path,
+) -> World:  # fmt: skip
+    """A world of documents; the budget holds as many as there are clean ones of a target's domain."""
+    from assay.train.models import LanguageModel, train_tokenizer
+
+    pool, context, vocab = _pool(documents), 96, 1024
     task = LanguageModel(
         tokenizer=train_tokenizer(pool, vocab=vocab), vocab=vocab, width=64, layers=2, heads=4, context=context
     )
-    terms = 16 * (context + 1)
-    recipe = Recipe(steps=scale.steps, terms_per_step=terms, lr=5e-3, final=0.05)
+    recipe = Recipe(steps=scale.steps, terms_per_step=16 * (context + 1), lr=5e-3, final=0.05)
     late = {"recipe": {"seed": OWN}, "window": recipe.steps // 4, "insert": 3}
     descent: dict[str, Any] = {
         "name": "mgd", **late, "metasteps": scale.metasteps, "patience": 3, "rate": 0.3, "memory": 0.8, "folds": 2,
     }  # fmt: skip
+    nulls = {"bm25": {"name": "bm25"}, "n-grams": ngrams, **alone}
     arms = {
-        "bm25": {"name": "bm25"}, "n-grams": ngrams, "loss_diff": {"name": "loss_diff"},
+        **nulls, "loss_diff": {"name": "loss_diff"}, "influence": {"name": "influence", "solver": "ekfac"},
         "metagrad": {"name": "metagrad", "check": 0, **late}, "mgd": {**descent, "start": {"name": "loss_diff"}},
         "mgd-from-random": descent,
     }  # fmt: skip
+    inside = np.array([row["domain"] in good for row in documents])
     world = World(
-        "mgd-noisy-domain", task, pool, selecting, judging, recipe, 0, np.arange(len(pool)) < clean, recipe.steps, arms,
-        ("bm25", "n-grams"), scale.seeds, folder,
+        case, task, pool, _pool(target[: scale.select]), _pool(target[scale.select :]), recipe, 0, inside, recipe.steps,
+        arms, tuple(nulls), scale.seeds, folder,
     )  # fmt: skip
-    world.budget = int(world.sizes[:clean].sum())
+    world.budget = int(world.sizes[: scale.clean].sum())
     for name in ("mgd", "mgd-from-random"):
         arms[name]["share"] = world.budget / float(world.sizes.sum())
     return world
+
+
+def only(world: World, domain: str) -> np.ndarray:
+    """Documents of one domain, whichever."""
+    return np.array([float(name == domain) for name in world.pool.column("domain")])
 
 
 def ngrams(world: World) -> np.ndarray:
@@ -270,11 +303,13 @@ def _row(
     }  # fmt: skip
 
 
-def rows(quick: bool, workers: int) -> list[Row]:
-    """The rows of both worlds."""
+WORLDS: dict[str, Callable[[Path, bool], World]] = {"digits": digits, "noisy": noisy, "mixture": mixture}
+
+
+def rows(quick: bool, workers: int, worlds: Sequence[str] = tuple(WORLDS)) -> list[Row]:
+    """The rows of some worlds."""
     found: list[Row] = []
-    makers: list[Callable[[Path, bool], World]] = [digits, noisy]
-    for maker in makers:
+    for maker in (WORLDS[name] for name in worlds):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             world = maker(Path(folder), quick)
@@ -296,8 +331,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="smaller worlds, two seeds")
     parser.add_argument("--threads", type=int, default=2, help="processes of judged trainings")
+    parser.add_argument("--worlds", type=lambda text: text.split(","), default=list(WORLDS), help=",".join(WORLDS))
     chosen = parser.parse_args()
-    print(table(rows(chosen.quick, chosen.threads)))
+    if unknown := set(chosen.worlds) - set(WORLDS):
+        parser.error(f"no such worlds: {', '.join(sorted(unknown))}; choose from {', '.join(WORLDS)}")
+    print(table(rows(chosen.quick, chosen.threads, chosen.worlds)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.parts.reversal [--quick]
 
-`train` is the trainer's own step (gradient, clipping, update). `step-only`: `reverse.reverse` with 1 target and with 16.
+`train` is the trainer's own step (gradient, clipping, update). `step-only`: `reverse` with 1 target and with 16.
 `sqrt-1-target` and `log-1-target`: a whole sweep of 256 steps by the tree of 16 branches, less its training; and what
 the tree of two costs, by its exact number of restored steps at the price of a training step. `sqrt-16-targets`: as
 the last, a target. Memory, of a sweep of 2 or of 16 branches, in memory or on disk: `seen`, the most bytes of tensors
