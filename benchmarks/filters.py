@@ -1,6 +1,6 @@
 """Filters on real documents whose defects are known: what they find, how fast, in what memory; and datatrove.
 
-    python benchmarks/filters.py [--quick] [--json FILE] [--parts duplicates,rules,classify,embeddings]
+    python benchmarks/filters.py [--quick] [--json FILE] [--parts duplicates,rules,mixture,classify,embeddings]
                                  [--data FOLDER] [--peers PYTHON] [--threads N]
 
 Each part is a module of benchmarks/parts with `rows(data, quick, peer, threads)`, and can be run alone; its docstring
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.core import Row  # noqa: E402
 
 DATA = Path(os.environ.get("ASSAY_DATA", Path(__file__).parents[2] / "shared" / "data"))
-PARTS = ("duplicates", "rules", "classify", "embeddings")
+PARTS = ("duplicates", "rules", "mixture", "classify", "embeddings")
 # What rows of one case differ in, besides the method.
 APART = ("kind", "at", "variant", "column", "documents", "threads")
 
