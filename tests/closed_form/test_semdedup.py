@@ -15,7 +15,7 @@ from assay.core.pool import Pool
 from assay.core.run import Run
 from assay.core.table import Table
 from assay.measure import Measurer
-from assay.numerics.redundancy import Earlier, redundant
+from assay.numerics.redundancy import Earlier, _limit, distances, redundant
 
 FEATURES = {"name": "column", "column": "x", "store": "float32"}
 
@@ -153,6 +153,15 @@ def test_t_c5_one_cluster_is_brute_force(tmp_path: Path, rule: str, keep: str) -
         assert (table.column("score") >= 0.1).sum() == kept.sum()
     once = np.flatnonzero((x @ x.T >= 1 - 1e-6).sum(axis=1) == 1)
     np.testing.assert_allclose(table.column("score")[once], scores[once], atol=2e-6)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-7, 1e-3, 0.05, 0.1, 1.0, 2.0, 3.0])
+def test_the_limit_is_where_redundancy_begins(eps: float) -> None:
+    limit = _limit(eps)
+    assert redundant(np.array([limit]), eps)[0]
+    assert not redundant(np.array([np.nextafter(limit, np.float32(-9))]), eps)[0]
+    around = limit + np.linspace(-1e-6, 1e-6, 201).astype(np.float32)
+    assert ((distances(around) < eps) == redundant(around, eps)).all()
 
 
 def test_both_counts_are_told(tmp_path: Path) -> None:

@@ -10,14 +10,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-BLOCK = 1024
+BLOCK = 512
 # Cosines from here on are those of equal vectors: float32 knows no better.
 COPY = 1 - 1e-6
 
 
 def redundant(cosines: np.ndarray, eps: float) -> np.ndarray:
     """Which rows go: those whose largest cosine is over 1 - eps, and copies at any eps."""
-    return (1 - cosines.astype(np.float64) < eps) | (cosines >= COPY)
+    wide = cosines.astype(np.float64)
+    return (1 - wide < eps) | (wide >= COPY)
+
+
+def distances(cosines: np.ndarray) -> np.ndarray:
+    """1 - cos in float64, so that rows under eps are those that are redundant at it; -1 for copies."""
+    wide = cosines.astype(np.float64)
+    return np.where(wide >= COPY, -1.0, 1 - wide)
 
 
 class Earlier:
@@ -30,7 +37,7 @@ class Earlier:
     """
 
     def __init__(self, x_nd: np.ndarray, labels_np: np.ndarray, rank_n: np.ndarray, eps: float) -> None:
-        self.x, self.eps, self.pairs = x_nd, eps, 0
+        self.x, self.eps, self.limit, self.pairs = x_nd, eps, _limit(eps), 0
         self.reference = np.full(len(x_nd), -1.0, dtype=np.float32)
         self.greedy = self.reference.copy()
         self.likest = {"reference": np.arange(len(x_nd)), "greedy": np.arange(len(x_nd))}
@@ -87,13 +94,12 @@ class Earlier:
         self.pairs += cosines.size // 2
         earlier = np.tri(len(a), k=-1, dtype=bool)
         self._raise("reference", a, np.where(earlier, cosines, -1), a)
-        found = self.greedy[a]
-        for j in range(len(a)):
-            if 1 - float(found[j]) < self.eps or found[j] >= COPY:  # as `redundant`
-                self.kept[a[j]] = False
-            else:
-                np.maximum(found[j + 1 :], cosines[j, j + 1 :], out=found[j + 1 :])
-        self._raise("greedy", a, np.where(earlier & self.kept[a], cosines, -1), a)
+        near = earlier & (cosines >= self.limit)
+        kept = self.greedy[a] < self.limit
+        for j in np.flatnonzero(near.any(axis=1)).tolist():
+            kept[j] = kept[j] and not (near[j] & kept).any()
+        self.kept[a] = kept
+        self._raise("greedy", a, np.where(earlier & kept, cosines, -1), a)
 
     def groups(self, rule: str) -> np.ndarray:
         """For each row the position of the first of its group, `[n]`: a redundant row belongs with the earlier row that
@@ -103,6 +109,16 @@ class Earlier:
         while (first != first[first]).any():
             first = first[first]
         return first
+
+
+def _limit(eps: float) -> np.float32:
+    """The smallest float32 that is redundant at `eps`, by bisection."""
+    below, above = -4.0, 4.0
+    for _ in range(110):
+        middle = (below + above) / 2
+        below, above = (below, middle) if redundant(np.array([middle]), eps)[0] else (middle, above)
+    near = np.float32(above)
+    return near if float(near) >= above else np.nextafter(near, np.float32(4))
 
 
 def _shared(own: np.ndarray, labels_np: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -59,9 +59,13 @@ class SemDedup(Scorer):
     def presets(self) -> Mapping[str, Bounds]:
         return {"near": {"score": (self.eps, None)}}
 
+    @property
+    def _rules(self) -> tuple[str, str]:
+        return ("reference", "greedy") if self.rule == "reference" else ("greedy", "reference")
+
     def init(self, context: Context) -> _State:
         from assay.numerics.cluster import assign, spacing, spherical_kmeans
-        from assay.numerics.redundancy import COPY, Earlier, redundant
+        from assay.numerics.redundancy import Earlier, distances, redundant
 
         ids, x = sorted_units(context.table(self.features))
         keys = hash_ids(ids, "cluster")
@@ -76,10 +80,7 @@ class SemDedup(Scorer):
         context.spent(2.0 * products * x.shape[1])
         self._tell(context, pairs, labels[:, 0], redundant)
 
-        scores = [
-            np.where(m >= COPY, -1.0, 1 - m.astype(np.float64))
-            for m in (pairs.reference, pairs.greedy)[:: 1 if self.rule == "reference" else -1]
-        ]
+        scores = [distances(getattr(pairs, rule)) for rule in self._rules]
         first = pairs.groups(self.rule)
         group = np.where(np.bincount(first, minlength=len(ids))[first] > 1, first, -1)
         apart, distance = spacing(made.centroids)[labels[:, 0]], 1 - cosines[:, 0].astype(np.float64)
@@ -96,8 +97,7 @@ class SemDedup(Scorer):
         )  # fmt: skip
 
     def columns(self, state: _State) -> tuple[str, ...]:
-        other = "greedy" if self.rule == "reference" else "reference"
-        return "score", other, "cluster", "distance", "spacing", "group"
+        return "score", self._rules[1], "cluster", "distance", "spacing", "group"
 
     def score(self, state: _State, batch: Batch) -> Any:
         return state.found[np.searchsorted(state.ids, batch.ids)]
