@@ -40,12 +40,13 @@ def by_id(found: Any, column: str = "score") -> dict[str, float]:
     return dict(zip([i.decode() for i in found.ids.tolist()], found.column(column).tolist(), strict=True))
 
 
-def plain_words(text: str) -> list[str]:
+def plain_words(text: str, digits: bool = False) -> list[str]:
     """The words of a text, one character at a time."""
     out = ""
     for c in unicodedata.normalize("NFD", text.lower()):
         kind = unicodedata.category(c)
-        out += "" if kind in ("Mn", "Me") else "0" if kind == "Nd" else c if kind[0] in "LMN" else " "
+        digit = str(unicodedata.digit(c, "")) if digits else "0"
+        out += "" if kind in ("Mn", "Me") else digit if kind == "Nd" else c if kind[0] in "LMN" else " "
     return out.split()
 
 
@@ -78,16 +79,17 @@ def edited(seed: int, originals: int = 60, copies: int = 5, words: int = 60) -> 
 # Words.
 
 
-def test_words_are_those_of_the_plain_form() -> None:
+@pytest.mark.parametrize("digits", [False, True])
+def test_words_are_those_of_the_plain_form(digits: bool) -> None:
     texts = [
         "The naïve  Café, in 2024: 13½ — €5!", "", "   ", "x", "tab\tand\nline", "Ärger über ﬁne ΣΊΣΥΦΟΣ",
         "नमस्ते दुनिया १२", "под водой, Ёлка", "e\u0301tude \u0301", "\u0301\u0301a\u0301b c", "a_b-c", "👍 ok 👍",
         "\ud800 lone", "İstanbul",
     ]  # fmt: skip
-    hashes, ends = Reader().words(texts)
+    hashes, ends = Reader(digits=digits).words(texts)
     known: dict[str, int] = {}
     for text, start, stop in zip(texts, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        words = plain_words(text)
+        words = plain_words(text, digits)
         assert stop - start == len(words), (text, words)
         for word, value in zip(words, hashes[start:stop].tolist(), strict=True):
             assert known.setdefault(word, value) == value, "one word has one hash, wherever it stands"
@@ -259,6 +261,14 @@ def test_t_a4_short_texts(tmp_path: Path) -> None:
     assert found.meta["notes"]["minhash: near copies"]["short"] == 6
 
 
+def test_numbers_may_tell_texts_apart(tmp_path: Path) -> None:
+    texts = [f"A train leaves at {n} and arrives at {n + 3}, how long did it take?" for n in (2, 4, 6)]
+    pool = Pool.from_columns({"id": list("abc"), "text": [*texts[:2], texts[1]]})
+    found = by_id(table(tmp_path / "0", "minhash", pool))
+    assert found == {"a": 0, "b": -1, "c": -2}
+    assert by_id(table(tmp_path / "1", {"name": "minhash", "digits": "keep"}, pool)) == {"a": 0, "b": 0, "c": -1}
+
+
 def compared(pool: Pool, method: MinHash) -> set[tuple[str, str]]:
     """Pairs of ids, earlier first, that share a band; from the same minima, found by comparing all with all."""
     ids, reader = [i.decode() for i in pool.ids.tolist()], Reader()
@@ -422,7 +432,7 @@ def exact_shares(pool: Pool, of: str, n: int) -> dict[str, tuple[float, int]]:
     for identity, text in sorted(zip(pool.ids.tolist(), pool.column("text"), strict=True)):
         parts: list[Any] = []
         for line in text.splitlines():
-            words = plain_words(line)
+            words = plain_words(line, True)
             grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
             parts += grams if of == "ngrams" else [tuple(words)] if words else []
         out[identity.decode()] = (-sum(p in seen for p in parts) / max(1, len(parts)), len(parts))

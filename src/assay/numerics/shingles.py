@@ -1,8 +1,8 @@
 """Texts to hashes of their words and word sequences, many texts at a time.
 
-Words are those of the plain form of a text: lower case, diacritics gone (NFD without its marks), decimal digits 0,
-everything that is neither letter, mark nor number a gap. In scripts without spaces (Han, kana, Thai, Lao, Khmer,
-Burmese) each character is a word.
+Words are those of the plain form of a text: lower case, diacritics gone (NFD without its marks), decimal digits 0
+unless they are kept, everything that is neither letter, mark nor number a gap. In scripts without spaces (Han, kana,
+Thai, Lao, Khmer, Burmese) each character is a word.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ _UNSPACED = (
 )  # fmt: skip
 
 
-def plain(character: str) -> str:
-    """One character in plain form: itself, another one, a space, or nothing for a diacritic.
+def plain(character: str, *, digits: bool = False) -> str:
+    """One character in plain form: itself, another one, a space, or nothing for a diacritic. `digits`: they are kept.
 
-    >>> [plain(c) for c in "Aé7!́"]
-    ['a', 'e', '0', ' ', '']
+    >>> [plain(c) for c in "Aé7!́"], plain("7", digits=True)
+    (['a', 'e', '0', ' ', ''], '7')
     """
     for part in unicodedata.normalize("NFD", character.lower()):
         kind = unicodedata.category(part)
         if kind in ("Mn", "Me"):
             continue
-        return "0" if kind == "Nd" else part if kind[0] in "LMN" else " "
+        if kind == "Nd":
+            return str(unicodedata.decimal(part)) if digits else "0"
+        return part if kind[0] in "LMN" else " "
     return ""
 
 
@@ -66,7 +68,8 @@ class Powers:
 class Reader:
     """Texts to hashes of their words. What it learns of characters is kept from call to call."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, digits: bool = False) -> None:
+        self.digits = digits
         self._plain = np.zeros(0x110000, dtype=np.uint32)  # pages that no text touches take no memory
         self._powers = Powers(WORDS)
 
@@ -97,7 +100,7 @@ class Reader:
         new = codes == 0
         if new.any():
             for code in np.unique(raw[new]).tolist():
-                part = plain(chr(code))
+                part = plain(chr(code), digits=self.digits)
                 held = MARK if not part else GAP if part == " " else 3 + ord(part)
                 if held > MARK and any(low <= ord(part) <= high for low, high in _UNSPACED):
                     held |= int(ALONE)

@@ -47,17 +47,19 @@ class MinHash(Scorer):
         n-grams is equal, which has probability 1 - (1 - J^r)^b, and joined if J(i, j) >= verify
     Reference: Broder 1997, doi:10.1109/SEQUEN.1997.666900; bands as in FineWeb, Penedo et al. 2024, arXiv:2406.17557
     Needs: rensa: pip install 'assay-data[text]'
-    Note: words are those of the text in lower case without diacritics and punctuation, digits as 0; a text of fewer
-        than n words has one n-gram, of all its words; one without words is no copy. The order is that of ids, or first
-        that of a column of numbers, `priority`, whose highest value stays. 'components' joins along chains; with 'star'
-        an example goes only if it was compared with one that stays. A band of more than nine documents has each
-        compared with the first four and the four before it. The column `size` counts the cluster's members, `cluster`
-        numbers it (-1: none): as a filter, the first member that earlier filters left stays. Files `near-*.npy` beside
-        the Table hold the ids that are in clusters, and those of their survivors
+    Note: words are those of the text in lower case without diacritics and punctuation, digits as 0 or, for pools whose
+        texts differ in their numbers alone, as they are. A text of fewer than n words has one n-gram, of all its words;
+        one without words is no copy. The order is that of ids, or first that of a column of numbers, `priority`, whose
+        highest value stays. 'components' joins along chains; with 'star' an example goes only if it was compared with
+        one that stays. A band of more than nine documents has each compared with the first four and the four before
+        it. The column `size` counts the cluster's members, `cluster` numbers it (-1: none): as a filter, the first
+        member that earlier filters left stays. Files `near-*.npy` beside the Table hold the ids that are in clusters,
+        and those of their survivors
     """
 
     column: str = "text"
     n: Count = 5
+    digits: Literal["zero", "keep"] = "zero"
     bands: Count = 14
     rows: Count = 8
     verify: NonNegative = 0.0
@@ -214,7 +216,7 @@ def _block(job: _Job, index: int) -> int:
     counted = job.bands.folder / f"short-{index:06d}"
     if job.bands.has(index) and counted.exists():
         return int(counted.read_text())
-    reader, start = Reader(), index * BLOCK
+    reader, start = Reader(digits=method.digits == "keep"), index * BLOCK
     for part in job.pool.at(slice(start, start + BLOCK)).shards(ROWS):
         words, ends = reader.words([v if isinstance(v, str) else str(v) for v in part.column(method.column)])
         short += int(((np.diff(ends) > 0) & (np.diff(ends) < method.n)).sum())

@@ -31,7 +31,7 @@ class ParagraphDup(Scorer):
         paragraphs; by a Bloom filter of m = -N ln p / (ln 2)^2 bits and k = (m / N) ln 2 hash functions for all N
     Reference: BFF of DataComp-LM, Li et al. 2024, arXiv:2406.11794; Bloom 1970, doi:10.1145/362686.362692
     Note: earlier is by id, so files may be read in any order. A paragraph is a line; words are those of the text in
-        lower case without diacritics and punctuation, digits as 0. A paragraph of fewer than n words has no n-grams,
+        lower case without diacritics and punctuation. A paragraph of fewer than n words has no n-grams,
         and an example without any scores 0. Everything is remembered, also of examples that a preset drops. A new
         n-gram looks seen with probability p for the last example, and less for those before it. Memory: 1.2 bytes for
         each n-gram of the pool at p = .01; on disk 8 while it runs. The column `parts` counts n-grams or paragraphs
@@ -122,7 +122,7 @@ class _Job:
 
 def _block(job: _Job, index: int) -> int:
     """Write the hashes of one block of documents in order of rank, and where each begins; how many there are."""
-    reader, start = Reader(), index * BLOCK
+    reader, start = Reader(digits=True), index * BLOCK
     stop = min(len(job.pool), start + BLOCK)
     found = []
     for part in job.pool.at(slice(start, stop)).shards(ROWS):
