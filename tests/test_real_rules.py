@@ -33,7 +33,7 @@ def faulty() -> list[dict[str, Any]]:
 
 
 def scores(name: str, texts: list[str]) -> np.ndarray:
-    return make(Scorer, name).score(None, SimpleNamespace(column=lambda _: texts))
+    return make(Scorer, name).score(None, SimpleNamespace(column=lambda _: texts))  # type: ignore[arg-type]
 
 
 def test_foreign_documents_are_found_at_one_percent_false_drops(clean, faulty):

@@ -64,7 +64,8 @@ def test_rows_on_made_documents(rules, tmp_path, monkeypatch, capsys):
     assert recall["foreign", "de", "language", "published"]["value"] == 1
     assert recall["noise", "all", "together", "published"]["documents"] == 1
     assert all(r["false_drops"] == 0 for key, r in recall.items() if key[2:] == ("gopher", "published"))
-    assert {r["case"] for r in found} == {"foreign", "garbled", "noise", "speed"}
+    assert {r["case"] for r in found} == {"clean", "foreign", "garbled", "noise", "speed"}
+    assert [r["value"] for r in found if r["case"] == "clean"] == [0.0] * 10
     speed = {r["method"]: r for r in found if r["metric"] == "docs_per_second"}
     assert set(speed) == {*rules.TIMED, "rules"} and speed["c4"]["value"] == 100 and speed["c4"]["cpu"] == 200
     keys = {"bench", "case", "tool", "method", "metric", "value", "ci", "seconds"}

@@ -114,7 +114,7 @@ def write_statistics(texts: list[str], out: Path) -> None:
     for name in VERDICTS:
         made = [kind() for kind in FILTERS[name]]
         arrays[f"passes_{name}"] = np.array([verdict(made, text) for text in texts], dtype=np.float64)
-    np.savez(out / "statistics.npz", **arrays)
+    np.savez(out / "statistics.npz", **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def work(task: tuple[str, list[str]]) -> tuple[float, float, float]:
