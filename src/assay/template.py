@@ -23,6 +23,9 @@ budget = "10%"
 # The contestants; `assay methods` lists all. `random` is always there, {random} times.
 methods = ["random", "length", "loss", "exact_dup", "bm25", "loss_diff", "graddot", "trak"]
 
+# What leaves the pool before any budget is filled, that of `random` too; one after the other.
+# filters = ["exact_dup"]
+
 # {seen}
 [pool]
 path = {pool}
