@@ -52,7 +52,7 @@ def rows(data: Path, quick: bool, peer: Path | None = None, threads: int = 1) ->
         found += near(place / "near", some, clean, defects)
         found += leaks(data, some, defects)
         found += speed(place, clean, quick, peers.interpreter(peer), threads)
-        return found + memory(place, clean, quick, threads)
+        return found + memory(place, clean, quick)
 
 
 def row(case: str, method: str, metric: str, value: Any, seconds: float, **more: Any) -> Row:
@@ -291,20 +291,16 @@ def speed(place: Path, clean: pa.Table, quick: bool, python: Path, threads: int)
     return found
 
 
-def memory(place: Path, clean: pa.Table, quick: bool, threads: int) -> list[Row]:
-    """Peak memory of each scorer on a pool, and on one ten times as large."""
+def memory(place: Path, clean: pa.Table, quick: bool) -> list[Row]:
+    """Peak memory of each scorer on a pool, and on one ten times as large; by one process, as more of them begin to
+    work at some size of pool, and what grows with it would not show."""
     found, table = [], clean.slice(0, 6_000 if quick else 60_000)
     for rounds in (1, 10):
         pool = write_pool(place / f"memory-{rounds}", table, rounds)
         case = f"memory-{table.num_rows * rounds // 1000}k"
         for name in ("exact_dup", "minhash"):
-            said = ours(place, pool, {"name": name}, threads)
-            more = {
-                "documents": said["documents"],
-                "removed": said["removed"],
-                "threads": threads,
-                "cpu_seconds": said["cpu"],
-            }
+            said = ours(place, pool, {"name": name}, 1)
+            more = {k: said[k] for k in ("documents", "removed")} | {"threads": 1, "cpu_seconds": said["cpu"]}
             found.append(row(case, name, "peak_rss_bytes", said["peak"], said["whole"], **more))
             pace = said["documents"] / said["seconds"]
             found.append(row(case, name, "docs_per_second", pace, said["whole"], **more))
