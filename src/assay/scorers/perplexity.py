@@ -21,7 +21,9 @@ class Perplexity(Scorer):
     Reference: Wenzek et al. 2020, arXiv:1911.00359 (CCNet)
     Note: not a measure of utility. centre = 0 keeps the head first, in the order of `loss`; 0.5 the middle; 1 the tail,
         the hardest. The presets are thirds of the pool, and bounds on `loss` are thresholds that other pools can share.
-        The model is the scoring model that `of` names: any causal model, if the study's task is one
+        The model is the scoring model that `of` names: any causal model, if the study's task is one. As a filter of
+        faults the tail has broken spelling and what is foreign to the model; loops, logs, hex, tables of numbers and
+        texts spliced together are easy for a model, and pass
     """
 
     of: Scorer = "loss"  # type: ignore[assignment]
