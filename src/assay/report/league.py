@@ -126,7 +126,8 @@ def draw(records: list[dict[str, Any]]) -> str:
     """A row for each method and a column for each table: gain, its interval, and thin the one that holds together."""
     tables = [(record["track"]["name"], name, t) for record in records for name, t in record["tables"].items()]
     names = _ranked([table for _, _, table in tables])
-    width, height = NAME + len(tables) * (COLUMN + GAP) + 10, TOP + ROW * len(names) + BOTTOM
+    width = max(NAME + len(tables) * (COLUMN + GAP) + 10, 780)
+    height = TOP + ROW * len(names) + BOTTOM
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif"'
         ' font-size="12">',
