@@ -429,7 +429,8 @@ class Measurer:
         missing = [i for i in spans if not writer.has(i)]
         self.progress.skip(len(spans) - len(missing))
         heavy = uses_model(work.method) or hasattr(work.state, "flops")
-        workers = self.workers if heavy or len(pool) > 20 * self.shard else 1
+        many = len(pool) > 20 * self.shard and not getattr(work.method, "lookup", False)
+        workers = self.workers if heavy or many else 1
         for _ in local.map(publish, work, missing, workers=workers):
             self.progress.advance()
         self.computed += sum(stop - start for start, stop in map(writer.span, missing))

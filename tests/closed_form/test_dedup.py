@@ -19,6 +19,7 @@ from assay.core.method import Scorer, make
 from assay.core.pool import Pool
 from assay.core.run import Run
 from assay.core.spill import Spill
+from assay.engine import local
 from assay.measure import Measurer
 from assay.numerics.bloom import Bloom, shape
 from assay.numerics.shingles import Reader, sequences, whole
@@ -402,6 +403,22 @@ def test_an_index_above_one_and_a_missing_package_are_said(tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(InputError, match=r"assay-data\[text\]"):
         table(tmp_path / "1", "minhash", pool)
+
+
+def test_looking_up_starts_no_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting them takes longer than looking up ten thousand verdicts; a scorer that reads texts does start them."""
+    asked, started = [], local.map
+
+    def counted(*given: Any, workers: int = 1) -> Any:
+        asked.append(workers)
+        return started(*given, workers=1)
+
+    monkeypatch.setattr(local, "map", counted)
+    pool = edited(8, originals=10)
+    for name in ("exact_dup", "minhash", "paragraph_dup", "length"):
+        asked.clear()
+        table(tmp_path / name, name, pool, shard=1, workers=2)
+        assert max(asked) == (2 if name == "length" else 1)
 
 
 # Paragraphs and n-grams.

@@ -283,6 +283,8 @@ class Scorer(Method, abstract=True):
     cost: ClassVar[Cost] = "text"
     unit: ClassVar[str] = "arbitrary"
     measures_utility: ClassVar[bool] = False
+    lookup: ClassVar[bool] = False
+    """Whether `score` only looks up what `init` found: no work that further processes could shorten."""
     group: ClassVar[str] = ""
     """Of a scorer that finds copies: the column that numbers the groups of copies, negative for a row without any. As
     a filter it keeps, of each group, the best row that earlier filters left."""

@@ -79,6 +79,7 @@ class ExactDup(Scorer):
     priority: str = ""
 
     unit: ClassVar[str] = "minus copies before"
+    lookup: ClassVar[bool] = True
     group: ClassVar[str] = "cluster"
 
     @property

@@ -68,6 +68,7 @@ class MinHash(Scorer):
     seed: int = 1
 
     unit: ClassVar[str] = "minus near copies before"
+    lookup: ClassVar[bool] = True
     group: ClassVar[str] = "cluster"
 
     @property

@@ -43,6 +43,7 @@ class ParagraphDup(Scorer):
     false_positives: Positive = 0.01
 
     unit: ClassVar[str] = "minus share seen before"
+    lookup: ClassVar[bool] = True
 
     @property
     def presets(self) -> Mapping[str, Bounds]:
