@@ -283,11 +283,9 @@ class Scorer(Method, abstract=True):
     cost: ClassVar[Cost] = "text"
     unit: ClassVar[str] = "arbitrary"
     measures_utility: ClassVar[bool] = False
-    lookup: ClassVar[bool] = False
-    """Whether `score` only looks up what `init` found: no work that further processes could shorten."""
+    lookup: ClassVar[bool] = False  # `score` only looks up what `init` found: further processes would save nothing
     group: ClassVar[str] = ""
-    """Of a scorer that finds copies: the column that numbers the groups of copies, negative for a row without any. As
-    a filter it keeps, of each group, the best row that earlier filters left."""
+    """The column that numbers groups of copies, negative for none; as a filter, each keeps its best row still there."""
 
     @property
     def passes(self) -> float:
