@@ -241,6 +241,8 @@ class _Sweep:
             )  # fmt: skip
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
+            for half in self.path.glob(".*.tmp"):  # what a kill left of a file that was being written
+                half.unlink()
 
     @property
     def key(self) -> str:
