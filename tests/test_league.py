@@ -299,6 +299,19 @@ def test_a_record_of_another_track_is_not_added_to(tiny, whole, tmp_path: Path) 
         league.run_track(other, tmp_path / "records", runs=tmp_path / "runs", data=tmp_path, methods=["length"])
 
 
+def test_what_was_recorded_enters_again(tiny, whole, tmp_path: Path) -> None:
+    """Entries that are no defaults run with the defaults, by the options that the record has."""
+    before = record(whole[0])["tables"]
+    mine = next(row for row in before["docs"]["entries"] if row["name"] == "graddot")
+    mine["name"] = mine["arm"]["name"] = "mine"
+    arms = league._entering(before, None)
+    assert [arm["name"] for arm in arms] == [*(arm["name"] for arm in league.default_entries()), "mine"]
+    for _, made in track.studies(tiny[0], tmp_path, arms[-1:]):
+        assert next(arm for arm in made.spec()["arms"] if arm["name"] == "mine") == mine["arm"]
+    mine["arm"]["method"]["name"] = "no_such_method"
+    assert league._entering(before, None)[-1]["name"] != "mine"
+
+
 def test_an_overdrawn_budget_is_refused(tiny) -> None:
     good = {"name": "x: within budget", "ok": True, "detail": "9 of 10"}
     league._obeyed(tiny[0], {"checks": [good]})
