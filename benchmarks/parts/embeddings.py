@@ -96,8 +96,8 @@ def context_of(x: np.ndarray) -> Any:
     table = Table(ids, tuple(f"x{i}" for i in range(x.shape[1])), x)
     notes: dict[str, Any] = {}
     return SimpleNamespace(
-        table=lambda _: table, spent=lambda _: None, note=lambda what, detail, **n: notes.update(n), notes=notes,
-        ids=ids, batch=SimpleNamespace(ids=ids, table=lambda _: x),
+        table=lambda _: table, spent=lambda _: None, warn=lambda _: None, notes=notes,
+        note=lambda what, detail, **n: notes.update(n), ids=ids, batch=SimpleNamespace(ids=ids, table=lambda _: x),
     )  # fmt: skip
 
 
@@ -275,12 +275,12 @@ def near(case: str, features: str, x: np.ndarray, pair: np.ndarray, jaccard: np.
     def add(method: str, metric: str, value: float, seconds: float) -> None:
         found.append(row("embeddings", case, method, metric, np.array([value]), seconds))
 
-    for probes in (1, 2):
+    for name, options in {"": {}, ", probes 2": {"probes": 2}}.items():
         start = time.process_time()
-        table, noted = scored(x, "semdedup", probes=probes)
+        table, noted = scored(x, "semdedup", **options)
         seconds, score = time.process_time() - start, table.column("score")
-        name = f"semdedup {features}" + (", probes 2" if probes == 2 else "")
-        for eps in EPS if probes == 1 else (0.05,):
+        name = f"semdedup {features}{name}"
+        for eps in (0.05,) if "probes" in options else EPS:
             pairs, precision = judged(score < eps, pair, len(jaccard))
             add(f"{name}, eps {eps:g}", "recall", float(pairs.mean()), seconds)
             add(f"{name}, eps {eps:g}", "recall, Jaccard over .7", float(pairs[jaccard >= 0.7].mean()), seconds)

@@ -164,6 +164,15 @@ def test_the_limit_is_where_redundancy_begins(eps: float) -> None:
     assert ((distances(around) < eps) == redundant(around, eps)).all()
 
 
+def test_features_that_all_point_the_same_way_are_warned_of(tmp_path: Path) -> None:
+    x = unit(some() + 12 * np.eye(8)[0])
+    table = measured(tmp_path / "alike", {"name": "semdedup", "clusters": 3}, x)
+    mean = np.mean([a @ b for a in x for b in x])
+    assert f"have cosine {mean:.3f}, so eps = 0.05 drops most of them" in table.meta["warnings"][0]
+    assert (table.column("score") < 0.05).mean() > 0.9
+    assert not measured(tmp_path / "apart", {"name": "semdedup", "clusters": 3}, some()).meta["warnings"]
+
+
 def test_both_counts_are_told(tmp_path: Path) -> None:
     x = some()
     method = {"name": "semdedup", "clusters": 3, "eps": 0.1}

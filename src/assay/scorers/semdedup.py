@@ -36,6 +36,8 @@ class SemDedup(Scorer):
         drops b and c, even if a and c are unlike; its scores may be cut anew at any eps, and a larger one drops more.
         rule = 'greedy' compares with those kept at the option `eps`, so cut its scores there alone; it keeps more, but
         not always fewer at a larger eps. The other rule's score is a column, and counts of both are among the checks.
+        Mean hidden states of a small decoder all point the same way: an eps that suits an encoder drops nearly all,
+        and a warning says so; take `encoder`, `minilm` or a `column` of embeddings.
         Duplicates on two sides of a border between clusters are not compared unless probes = 2 (each example also
         belongs to its second nearest cluster). Columns for the selector `density`: `cluster`; `distance`, 1 - cos to
         the centroid; `spacing`, mean distance of the centroid to its 20 nearest. Column `group` numbers the groups at
@@ -68,6 +70,12 @@ class SemDedup(Scorer):
         from assay.numerics.redundancy import Earlier, distances, redundant
 
         ids, x = sorted_units(context.table(self.features))
+        mean = x.mean(axis=0, dtype=np.float64)
+        if mean @ mean > 1 - self.eps:
+            context.warn(
+                f"semdedup: two examples at random have cosine {mean @ mean:.3f}, so eps = {self.eps:g} drops most of "
+                "them; take features that tell examples apart, such as encoder or minilm"
+            )
         keys = hash_ids(ids, "cluster")
         count = self.clusters or -(-len(ids) // 1000)
         made = spherical_kmeans(x, count, keys=keys, iterations=self.iterations, seed=self.seed)

@@ -25,8 +25,9 @@ class Density(Selector):
     Note: for scores with the columns `cluster`, `distance` and `spacing`: those of `prototypes`, or of `semdedup`,
         where bounds = {score = [0.05, null]} dedup first, as the method wants; complexities and counts are of what
         the bounds leave. The highest of `column` come first in each cluster, ties by a hash of the id. temperature =
-        0.5 is near to equal shares, for C is mostly under 0.5. A cluster that is split in two gets two shares. With a
-        budget in tokens, shares are tokens, and what does not fit in a share is filled from all clusters
+        0.5 is near to equal shares, for C is mostly under 0.5; what full clusters leave over goes to all others in
+        equal parts. A cluster that is split in two gets two shares. With a budget in tokens, shares are tokens, and
+        what does not fit in a share is filled from all clusters
     """
 
     temperature: Positive = 0.5
