@@ -285,7 +285,8 @@ def speed(place: Path, clean: pa.Table, quick: bool, python: Path, threads: int)
             found.append(
                 row("speed", name, "docs_per_second", middle, sum(s["whole"] for s in said), documents=table.num_rows,
                     threads=threads, removed=said[0]["removed"], peak_rss_bytes=max(s["peak"] for s in said),
-                    cpu_seconds=float(np.median([s["cpu"] for s in said])))
+                    # Of one process: with more, those of the others are not in it.
+                    **({"cpu_seconds": float(np.median([s["cpu"] for s in said]))} if threads == 1 else {}))
                 | {"tool": side, "ci": [low, high] if len(said) > 1 else None}
             )  # fmt: skip
     return found
