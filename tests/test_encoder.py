@@ -55,6 +55,15 @@ def test_vectors_are_those_of_transformers(tmp_path: Path, pooling: str) -> None
     np.testing.assert_allclose(found, truth, atol=2e-5)
 
 
+def test_a_special_token_in_a_text_is_plain_characters() -> None:
+    made = TextEncoder(path=tiny_encoder(), context=24, pooling="first")
+    mark, end = (made.tokenizer.token_to_id(name) for name in ("[SEP]", "[CLS]"))
+    for text in ("the [SEP] cat", "[CLS]"):
+        ids = made.tokenizer.encode(text).ids
+        assert ids.count(mark) == 1 and ids.count(end) == 1, "the two of the frame, and none of the text"
+        assert made.tokenizer.decode(ids) == text, "whose characters are all there"
+
+
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     made = TextEncoder(path=tiny_encoder(), context=24, pooling="mean")
     texts = text_pool(30).column("text")

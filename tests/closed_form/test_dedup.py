@@ -171,6 +171,29 @@ def test_keys_are_the_hash_of_the_normal_form() -> None:
     assert [k.tobytes() for k in exact_dup.keys(images)[:3]] == [xxhash.xxh3_128_digest(i) for i in images[:3]]
 
 
+def test_a_key_does_not_depend_on_what_is_hashed_with_it() -> None:
+    """Bytes, texts, numbers and what is missing, alone and together."""
+    values = [b" A ", None, " a", "None", b"a", 3, "3", b"", float("nan")]
+    together, alone = exact_dup.keys(values), np.concatenate([exact_dup.keys([v]) for v in values])
+    np.testing.assert_array_equal(together, alone)
+    hashed = [b" A ", b"", b"a", b"none", b"a", b"3", b"3", b"", b""]
+    assert [k.tobytes() for k in together] == [xxhash.xxh3_128_digest(h) if h else bytes(16) for h in hashed]
+
+
+@pytest.mark.parametrize("name", ["exact_dup", "minhash", "paragraph_dup"])
+def test_what_is_missing_is_no_copy(tmp_path: Path, name: str) -> None:
+    """Of a title that two lack and one calls None, none is a copy; nor does what is missing change a neighbour."""
+    pool = Pool.from_columns({"id": list("abcde"), "text": list("vwxyz"), "title": ["x", None, None, "None", "none"]})
+    found = table(tmp_path, {"name": name, "column": "title", **({"n": 1} if name == "paragraph_dup" else {})}, pool)
+    copies = {i for i, score in by_id(found).items() if score < 0}
+    assert copies == {"e"}
+    held = [b"\xff two", None, b"\xff two", None, b"other"]
+    found = table(tmp_path / "bytes", {"name": "exact_dup", "column": "image"}, Pool.from_columns(
+        {"id": list("abcde"), "text": list("vwxyz"), "image": held}
+    ))  # fmt: skip
+    assert by_id(found) == {"a": 0, "b": 0, "c": -1, "d": 0, "e": 0}
+
+
 def test_t_a1_exact_copies_once_more_and_in_any_order(tmp_path: Path) -> None:
     """Idempotent, equivariant under permutation, and as many survivors as classes."""
     rng = np.random.default_rng(1)

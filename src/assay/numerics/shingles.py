@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,19 @@ def plain(character: str, *, digits: bool = False) -> str:
             return str(unicodedata.decimal(part)) if digits else "0"
         return part if kind[0] in "LMN" else " "
     return ""
+
+
+def written(value: Any) -> str:
+    """A value of a column as text: what is missing is empty, bytes are read as UTF-8.
+
+    >>> written(None), written(float("nan")), written(b"two"), written(3)
+    ('', '', 'two', '3')
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return "" if value is None or value != value else str(value)
 
 
 def mixed(values: np.ndarray) -> np.ndarray:

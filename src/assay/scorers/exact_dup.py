@@ -12,6 +12,7 @@ import xxhash
 from assay.core.errors import InputError
 from assay.core.method import Batch, Bounds, Context, Scorer
 from assay.engine import local
+from assay.numerics.shingles import written
 
 SPACE = ord(" ")
 # Lower case and one kind of white space, for the bytes of ASCII; others stay.
@@ -31,15 +32,22 @@ def normal(text: str) -> str:
 
 
 def keys(values: Sequence[Any]) -> np.ndarray:
-    """xxh3-128 of `normal` of each text, or of bytes as they are: `[n, 2]` uint64; zeros for what is empty.
+    """xxh3-128 of `normal` of each text, or of bytes as they are: `[n, 2]` uint64; zeros for what is empty or missing.
 
     ASCII, by far the commonest, is made normal for all texts at once; the others one by one.
     """
-    if all(isinstance(v, bytes) for v in values):
-        raw, stops = b"".join(values), np.cumsum([0, *map(len, values)])
-        starts, stops = stops[:-1], stops[1:]
+    binary = np.array([isinstance(v, bytes) for v in values], dtype=bool)
+    if binary.any() and not binary.all():
+        # A value's key is its own, whatever stands beside it.
+        made = np.zeros((len(values), 2), dtype=np.uint64)
+        for some in (binary, ~binary):
+            made[some] = keys([values[i] for i in np.flatnonzero(some).tolist()])
+        return made
+    if binary.any():
+        raw, ends = b"".join(values), np.cumsum([0, *map(len, values)])
+        starts, stops = ends[:-1], ends[1:]
     else:
-        raw, starts, stops = _normal([v if isinstance(v, str) else str(v) for v in values])
+        raw, starts, stops = _normal([written(v) for v in values])
     digest = xxhash.xxh3_128_digest
     found = b"".join([digest(raw[a:b]) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)])
     return np.where((starts == stops)[:, None], np.uint64(0), np.frombuffer(found, dtype=np.uint64).reshape(-1, 2))

@@ -18,7 +18,7 @@ from assay.core.method import Batch, Bounds, Context, Count, NonNegative, Scorer
 from assay.core.pool import Pool
 from assay.core.spill import Spill
 from assay.engine import local
-from assay.numerics.shingles import Reader, mixed, offsets, sequences
+from assay.numerics.shingles import Reader, mixed, offsets, sequences, written
 
 # Documents that are read together, and those of one item of work; fewer than so many are not worth more processes.
 ROWS, BLOCK, MANY = 1024, 1 << 14, 1 << 18
@@ -219,7 +219,7 @@ def _block(job: _Job, index: int) -> int:
         return int(counted.read_text())
     reader, start = Reader(digits=method.digits == "keep"), index * BLOCK
     for part in job.pool.at(slice(start, start + BLOCK)).shards(ROWS):
-        words, ends = reader.words([v if isinstance(v, str) else str(v) for v in part.column(method.column)])
+        words, ends = reader.words([written(v) for v in part.column(method.column)])
         short += int(((np.diff(ends) > 0) & (np.diff(ends) < method.n)).sum())
         hashes, ends = sequences(words, ends, method.n, short=True)
         some = np.flatnonzero(np.diff(ends))

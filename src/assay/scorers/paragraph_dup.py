@@ -17,7 +17,7 @@ from assay.core.method import Batch, Bounds, Context, Count, Positive, Scorer
 from assay.core.pool import Pool
 from assay.engine import local
 from assay.numerics.bloom import Bloom
-from assay.numerics.shingles import Reader, offsets, sequences, whole
+from assay.numerics.shingles import Reader, offsets, sequences, whole, written
 
 # Documents that are read together, those of one item of work, and those that are asked of the filter together; fewer
 # than so many are not worth more processes.
@@ -127,7 +127,7 @@ def _block(job: _Job, index: int) -> int:
     stop = min(len(job.pool), start + BLOCK)
     found = []
     for part in job.pool.at(slice(start, stop)).shards(ROWS):
-        texts = [v if isinstance(v, str) else str(v) for v in part.column(job.method.column)]
+        texts = [written(v) for v in part.column(job.method.column)]
         hashes, ends = job.method.parts(reader, texts)
         found += [hashes[a:b].tobytes() for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
     order = np.argsort(job.rank[start:stop])

@@ -77,7 +77,8 @@ class TextEncoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """A `tokenizers.Tokenizer` with the special tokens of its own post-processor, that cuts at `context`."""
+        """A `tokenizers.Tokenizer` with the special tokens of its own post-processor, that cuts at `context`. A special
+        token that stands in a text is plain characters."""
         try:
             fast = library("transformers").AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
             tokenizer = fast.backend_tokenizer
@@ -88,6 +89,7 @@ class TextEncoder:
                 "no fast tokenizer here", where=self.folder, why=first_line(error),
                 fix="write it with AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(folder)",
             ) from error  # fmt: skip
+        tokenizer.encode_special_tokens = True
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.context)
         return tokenizer
