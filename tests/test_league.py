@@ -18,6 +18,7 @@ import pytest
 
 import small_study
 import small_track
+from assay import filters
 from assay import study as studies
 from assay.bench import league, track
 from assay.core.errors import InputError
@@ -142,13 +143,14 @@ def test_the_same_documents_give_the_same_bytes_and_another_seed_others(tiny, tm
     ("change", "said"),
     [
         ("rows = 40", "rows"), ('docs = ["docs"]', "nothing is held out"), ("[study]", "the track says it"),
-        ('source = "python"', "--data"),
+        ('source = "python"', "--data"), ("random = 2", "2 or more"), ("seeds = 2", "cannot have everything"),
     ],
 )  # fmt: skip
 def test_bad_tracks_are_told(change: str, said: str, tmp_path: Path) -> None:
     new = {
         "rows = 40": "rows = 0", 'docs = ["docs"]': 'docs = ["code"]', "[study]": "[study]\nseed = 3",
-        'source = "python"': 'source = "domains"',
+        'source = "python"': 'source = "domains"', "random = 2": "random = 1",
+        "seeds = 2": "everything = true\nseeds = 2",
     }[change]  # fmt: skip
     file = small_track.write_track(tmp_path)
     file.write_text(file.read_text().replace(change, new, 1))
@@ -177,6 +179,31 @@ def test_entries_of_methods_that_are_not_there_are_left_out() -> None:
     assert league.present({"name": "a", "method": "bm25", "filters": ["exact_dup"], "select": "cut"})
     names = [arm["name"] for arm in league.default_entries()]
     assert len(names) == len(set(names)) and {"length", "loss", "bm25", "trak", "less", "response"} <= set(names)
+
+
+def test_thresholds_enter_as_filters_and_never_as_ranks() -> None:
+    """What keeps or drops has no order: cut to a budget by its statistic it would be another method."""
+    arms = {arm["name"]: arm for arm in league.default_entries()}
+    thresholds = (
+        "exact_dup",
+        "minhash",
+        "paragraph_dup",
+        "language",
+        "gopher",
+        "c4",
+        "fineweb",
+        "refinedweb",
+        "semdedup",
+    )
+    for name in thresholds:
+        (one,) = arms[name]["filters"]
+        assert arms[name]["method"] == "random" and filters.parse(one).method.name == name
+    for name in ("rules+bm25", "rules+loss_diff"):
+        loose = filters.parse(arms[name]["filters"][2]).bounds
+        published = filters.parse("gopher").bounds
+        assert set(published) - set(loose) == {"alpha_words", "stop_words"} and loose["words"] == (20, 100_000)
+        assert all(loose[rule] == published[rule] for rule in set(loose) - {"words"})
+    assert arms["density"]["method"]["clusters"] == 50 and arms["density"]["filters"][0]["name"] == "semdedup"
 
 
 def test_the_oracle_needs_the_truth(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from assay.job import Job
 
 EXAMPLES, SCATTER, BINS, TEXT = 12, 1200, 30, 1500
+# Where more of a selection than this fell by lot, it is itself a random draw, and its luck counts in its interval.
+LOT = 0.5
 
 
 def summarise(job: Job) -> dict[str, Any]:
@@ -27,9 +29,11 @@ def summarise(job: Job) -> dict[str, Any]:
     assert job.task is not None
     clean = clean_items(job)
     losses = {arm: np.stack([seed["loss"][clean] for seed in seeds]) for arm, seeds in job.judged.items()}
-    verdicts = verify(losses, level=job.study.verify.level)
+    lots = {name: by_lot(job, name) for name in job.judged}
+    drawn = {name for name, lot in lots.items() if lot > LOT}
+    verdicts = verify(losses, level=job.study.verify.level, drawn=drawn)
     domains = job.pool.domains()
-    arms = [_arm(job, name, verdicts[name], domains, clean) for name in job.judged]
+    arms = [_arm(job, name, {**verdicts[name], "by_lot": lots[name]}, domains, clean) for name in job.judged]
     scored = [name for name in job.methods if not name.startswith("random-")]
     loss = -job.measurer.table(make(Scorer, "loss")).column("score") if job.proxies else None
     ranked = {name: scores_of(job, name) for name in scored}
@@ -111,6 +115,24 @@ def scores_of(job: Job, name: str) -> np.ndarray:
     return table.column(getattr(job.selectors[name], "column", "") or table.columns[0])
 
 
+def by_lot(job: Job, name: str) -> float:
+    """Share of an arm's loss terms that chance chose, from 0 to 1.
+
+    That is all of it for the method `random`, whatever its filters, and for a cut with a temperature; else what stands
+    in rows whose score is also that of rows below the cut, for a hash of the id chose among them.
+    """
+    if name not in job.methods:
+        return 0.0
+    selector = job.selectors[name]
+    if job.methods[name].name == "random" or (selector.name == "cut" and getattr(selector, "temperature", 0.0) > 0):
+        return 1.0
+    selection = job.selections[name]
+    below, own = selection.dropped.get("below the cut", selection.ids[:0]), positions(job.pool.ids, selection.ids)
+    scores, sizes = scores_of(job, name), job.sizes[own]
+    tied = np.isin(scores[own], scores[positions(job.pool.ids, below)])
+    return float(sizes[tied].sum() / max(1, sizes.sum()))
+
+
 def _arm(job: Job, name: str, found: dict[str, Any], domains: np.ndarray, clean: np.ndarray) -> dict[str, Any]:
     assert job.task is not None
     selection, method = job.selections[name], job.methods.get(name)
@@ -127,6 +149,7 @@ def _arm(job: Job, name: str, found: dict[str, Any], domains: np.ndarray, clean:
         "measures_utility": getattr(method, "measures_utility", False), "judged_loss": found["judged_loss"],
         "judged_loss_ci": found["judged_loss_ci"],
         "by_seed": found["by_seed"], "gain_over_random": found.get("gain"), "ci": found.get("ci"),
+        "by_lot": found["by_lot"],
         "verdict": "baseline" if baseline else found["verdict"],
         "versus_random": found.get("verdict"), "selection_flops": flops, "training_flops": training,
         "selection_flops_share": flops / training, "selection_seconds": seconds, "selected": len(selection),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,10 +170,13 @@ def compare(arm: np.ndarray, baseline: np.ndarray, *, level: float = 0.95, draw:
     return {"gain": mean, "ci": [low, high], "verdict": verdict(low, high)}
 
 
-def verify(losses: Mapping[str, np.ndarray], *, level: float = 0.95) -> dict[str, dict[str, Any]]:
+def verify(
+    losses: Mapping[str, np.ndarray], *, level: float = 0.95, drawn: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Every arm against the random arms (names `random-*`), and each random arm against the other ones.
 
-    `losses[arm]` is `[seeds, items]` on the judging half. With a single random arm its own comparison is missing.
+    `losses[arm]` is `[seeds, items]` on the judging half. With a single random arm its own comparison is missing. Arms
+    in `drawn` fell by lot as random ones do: the luck of their draw is in their intervals.
     """
     draws = [name for name in losses if name.startswith("random-")]
     result: dict[str, dict[str, Any]] = {}
@@ -187,7 +190,7 @@ def verify(losses: Mapping[str, np.ndarray], *, level: float = 0.95) -> dict[str
             "by_seed": seeds.tolist(),
         }
         if others:
-            entry |= compare(own, np.stack(others), level=level, draw=name in draws)
+            entry |= compare(own, np.stack(others), level=level, draw=name in draws or name in drawn)
         if "everything" in losses and name != "everything":
             entry["over_everything"] = compare(own, losses["everything"][None], level=level)
         result[name] = entry

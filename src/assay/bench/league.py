@@ -22,13 +22,11 @@ from assay.core.progress import Progress
 from assay.core.run import libraries
 from assay.job import Job, run_study
 from assay.numerics.stats import family_intervals, verdict
-from assay.summary import clean_items, scores_of
+from assay.summary import LOT, clean_items
 from assay.verify import compare
 
 FORMAT = 1
 ENTRIES = Path(__file__).with_name("entries.toml")
-# Where more of a selection than this fell by lot among equal scores, it is itself a random draw.
-LOT = 0.5
 # Of the simulation behind the intervals that hold together.
 DRAWS = 4000
 
@@ -149,10 +147,9 @@ def _obeyed(track: Track, result: dict[str, Any]) -> None:
 
 def _row(track: Track, table: str, job: Job, arm: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
     """An entry: what it is, what it chose, what came of it, what it cost, and what it was made with."""
-    clean, random = clean_items(job), arm["name"].startswith("random-")
+    clean, lot = clean_items(job), arm["by_lot"]
     losses = {n: np.stack([seed["loss"][clean] for seed in seeds]) for n, seeds in job.judged.items()}
     draws = np.stack([v for n, v in losses.items() if n.startswith("random-") and n != arm["name"]])
-    lot = 1.0 if random else by_lot(job, arm["name"])
     level = job.study.verify.level
     found = compare(losses[arm["name"]], draws, level=level, draw=lot > LOT)
     selection, method = job.selections[arm["name"]], job.methods[arm["name"]]
@@ -173,14 +170,6 @@ def _row(track: Track, table: str, job: Job, arm: dict[str, Any], spec: dict[str
             "selection": selection.fingerprint,
         },
     }  # fmt: skip
-
-
-def by_lot(job: Job, name: str) -> float:
-    """Share of an arm's tokens in rows whose score is also that of rows below the cut: a hash chose among them."""
-    selection, below = job.selections[name], job.selections[name].dropped.get("below the cut", job.pool.ids[:0])
-    scores, own = scores_of(job, name), positions(job.pool.ids, selection.ids)
-    tied, sizes = np.isin(scores[own], scores[positions(job.pool.ids, below)]), job.sizes[own]
-    return float(sizes[tied].sum() / sizes.sum())
 
 
 def _merged(old: dict[str, Any] | None, new: dict[str, Any], *, strict: bool, where: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from assay.core.method import Count
 from assay.core.pool import Pool
 from assay.core.target import Target
 from assay.data import builtin, gate, plant
-from assay.specs import FileName, Spec
+from assay.specs import FileName, Spec, VerifySpec
 from assay.study import Study, parse
 
 TRACKS = Path(__file__).parent / "tracks"
@@ -61,6 +61,14 @@ class Track(Spec):
         fixed = {"name", "seed", "pool", "target", "methods", "arms"} & self.study.keys()
         if fixed:
             raise ValueError(f"[study] cannot have {sorted(fixed)}: the track says it")
+        try:
+            verify = VerifySpec.model_validate(self.study.get("verify", {}))
+        except pydantic.ValidationError:
+            return self  # told, with its place, where the study is parsed
+        if verify.random < 2:
+            raise ValueError("[study.verify] random must be 2 or more: each random row is held against the others")
+        if verify.everything:
+            raise ValueError("[study.verify] cannot have everything: a league compares sets of one budget")
         return self
 
 
