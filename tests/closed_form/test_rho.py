@@ -11,7 +11,7 @@ import torch
 
 from assay.core.errors import InputError
 from assay.core.keys import digest
-from assay.core.method import Scorer, make
+from assay.core.method import Scorer, make, placed
 from assay.core.pool import Pool
 from assay.core.run import Run
 from assay.core.selection import Selection
@@ -116,3 +116,11 @@ def test_what_cannot_be_subtracted_is_refused(world: World, tmp_path: Path) -> N
         world.scores(tmp_path / "2", reference=str(tmp_path / "empty"))
     with pytest.raises(InputError, match="is not trained"):
         world.scores(tmp_path / "3", reference=str(tmp_path / "m"), recipe={"steps": 1})
+
+
+def test_a_study_names_the_reference_relative_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "lab" / "reference").mkdir(parents=True)
+    spec = {"name": "rho", "reference": "reference"}
+    assert placed(Scorer, spec, lambda path: str(tmp_path / "lab" / path)) == {
+        "name": "rho", "reference": str(tmp_path / "lab" / "reference"),
+    }  # fmt: skip

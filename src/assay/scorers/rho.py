@@ -12,7 +12,7 @@ import numpy as np
 
 from assay.core.errors import InputError
 from assay.core.keys import digest, digest_file
-from assay.core.method import Batch, Context, Cost, Positive, Scorer
+from assay.core.method import Batch, Context, Cost, ModelPath, Positive, Scorer
 from assay.train.recipe import Recipe, overlaid
 
 # What of a task's description says how it reads a text: two models may differ in all else.
@@ -32,7 +32,7 @@ class RHO(Scorer):
         small reference does worse on most texts. averaged over the scoring models
     """
 
-    reference: str = ""
+    reference: ModelPath = ""
     epochs: Positive = 10.0
     recipe: dict[str, Any] | None = None
     seed: int = 0
