@@ -151,6 +151,16 @@ def test_the_dataset_and_the_terminal_tell_of_them(done: tuple[Any, dict[str, An
     )
 
 
+def test_a_draw_from_what_filters_left_counts_its_luck(done: tuple[Any, dict[str, Any], Path]) -> None:
+    _, result, out = done
+    lots = {arm["name"]: arm["by_lot"] for arm in result["arms"]}
+    assert lots["long random"] == lots["random-1"] == 1.0 and max(lots["bm25"], lots["everything"]) < 0.5
+    console = Console(record=True, width=200)
+    show_result(result, console)
+    for said in (console.export_text(), re.sub("<[^>]*>", "", build(out).read_text())):
+        assert "long random †" in said and "bm25 †" not in said and "fell by lot" in said
+
+
 def test_the_stored_study_says_all_and_runs_to_the_same_selections(
     done: tuple[Any, dict[str, Any], Path], tmp_path: Path
 ) -> None:

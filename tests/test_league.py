@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -10,11 +12,13 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from markdown_it import MarkdownIt
 
 import small_study
 import small_track
@@ -27,7 +31,7 @@ from assay.core.pool import Pool
 from assay.core.target import Target
 from assay.data import gate
 from assay.job import run_study
-from assay.report.league import build_league, ordered
+from assay.report.league import _plain, build_league, ordered
 from assay.verify import compare
 
 pytestmark = pytest.mark.xdist_group("league")  # one process makes the league that all compare with
@@ -383,6 +387,73 @@ def test_a_selection_by_lot_is_itself_a_draw() -> None:
     draws = np.stack([r["losses"] for r in table["random"]])
     plain = compare(table["entries"][1]["losses"], draws, draw=True)["ci"]
     assert width["m1"] >= np.ptp(plain) - 1e-4
+
+
+def test_equal_draws_tie_with_the_best() -> None:
+    """A difference from the best knows of the luck of all that fell by lot: with it, equal draws are seldom apart."""
+    rng, apart = np.random.default_rng(2), {0.0: 0, 1.0: 0}
+    for _ in range(40):
+        table = made(rng, [*rng.normal(0, 0.03, 4)])
+        for row in table["random"]:
+            shift = rng.normal(0, 0.03)
+            row["by_seed"] = (np.array(row["by_seed"]) + shift).tolist()
+            row["by_item"] = " ".join(f"{float(x) + shift:.5f}" for x in row["by_item"].split())
+        for lot in apart:
+            for row in table["entries"][:-1]:
+                row["by_lot"] = lot
+            apart[lot] += len(league.family(table)["tied"]) < 3
+    assert apart[0.0] > 15 and apart[1.0] <= 6
+
+
+def test_the_luck_of_a_difference_is_that_of_two_draws() -> None:
+    table = made(np.random.default_rng(3), [0.1, 0.2])
+    first, best = table["entries"][:2]
+    plain = league.margins(table, [first], best)
+    spread = np.var([np.mean(row["by_seed"]) for row in table["random"]], ddof=1)
+    assert len(league.differences(table, [first], best, np.array([0.0]))) == len(plain) == 2
+    for luck in (1.0, 2.0):
+        draws, *rest = league.differences(table, [first], best, np.array([luck]))
+        assert all(np.array_equal(a, b) for a, b in zip(rest, plain, strict=True))
+        assert draws.mean() == pytest.approx(plain[0].mean()) and draws.var(ddof=1) / 3 == pytest.approx(luck * spread)
+
+
+def test_the_share_of_a_budget_is_in_its_unit() -> None:
+    arm = {"tokens": 900, "selected": 30}
+    for unit, spent in (("tokens", 900), ("examples", 30)):
+        assert league._spent(cast(Any, SimpleNamespace(budget=SimpleNamespace(unit=unit))), arm) == spent
+
+
+def test_other_files_of_the_folder_are_passed_over(whole, tmp_path: Path) -> None:
+    shutil.copytree(whole[0] / "records", tmp_path / "records")
+    page = build_league(tmp_path / "records").read_text()
+    for name, held in (("other", '{"format": 1}'), ("list", "[1]"), ("broken", "{"), ("half", '{"track": {}}')):
+        (tmp_path / "records" / f"{name}.json").write_text(held)
+    assert build_league(tmp_path / "records").read_text() == page
+
+
+@pytest.mark.parametrize("held", ['{"format": 1}', '{"format": 1, "track": 3, "tables": {}}', "[1]", "{", "null"])
+def test_a_record_that_is_none_is_told(held: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text(held)
+    with pytest.raises(InputError, match="no record of a track"):
+        league._recorded(tmp_path / "tiny.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["[x](http://a.b)", "![x](//a.b/c.png)", "http://a.b", "www.a.b", "<img src=x>", "a_b_ *c* ~~d~~ `e`", "x@a.b"],
+)
+def test_names_of_a_record_are_words(name: str) -> None:
+    """Rendered, they are what they were, and neither links nor images nor emphasis."""
+    rendered = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(_plain(name))
+    assert re.findall(r"<[^>]*>", rendered) == ["<p>", "</p>"]
+    assert html.unescape(rendered) == f"<p>{name.replace('`', chr(39))}</p>\n"
+    assert not any(bare in _plain(name) for bare in ("://", "www.", "@"))
+
+
+def test_the_page_says_what_was_measured_and_no_level_of_its_own(whole) -> None:
+    page = (whole[0] / "records" / "README.md").read_text()
+    head = page[: page.index("## tiny")]
+    assert "93.5%" in head and "91.5%" in head and "a 95% interval" not in " ".join(head.split())
 
 
 def test_the_page_escapes_what_records_hold(whole, tmp_path: Path) -> None:

@@ -424,6 +424,16 @@ def test_verdict_no_gain():
     assert "No gain shown" in page.render(with_arms("bm25", "perplexity", "random-1"))
 
 
+def test_an_arm_that_fell_by_lot_is_marked_and_explained() -> None:
+    result = with_arms("bm25", "perplexity", "random-1")
+    plain = page.render(result)
+    for arm, lot in zip(result["arms"], (0.9, 0.1, 1.0), strict=True):
+        arm["by_lot"] = lot
+    marked = page.render(result)
+    assert "†" not in plain and "fell by lot" not in plain and "fell by lot" in marked
+    assert re.findall(r">([\w-]+)</bdi> †", marked) == ["bm25"] * (marked.count("†") - 1), "random arms need no mark"
+
+
 def test_verdict_only_random():
     assert page.verdict_sentences(minimal()) == ["Nothing to compare: only random arms were trained."]
     assert "No comparison" in page.render(minimal())

@@ -144,8 +144,11 @@ def size(amount: float) -> str:
 
 def show_result(result: dict[str, Any], console: Console | None = None) -> None:
     """The arms, the verdict in a sentence, and where things are."""
+    from assay.summary import LOT
+
     console = console or Console()
     whole = any("over_everything" in arm for arm in result["arms"])
+    drawn = [a["name"] for a in result["arms"] if a["verdict"] != "baseline" and a.get("by_lot", 0.0) > LOT]
     title = f"{result['name']}: judged on {result['target']['judged']} held-out items"
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = ["arm", "loss", "gain", f"{result['study']['verify']['level']:.0%} CI", "verdict", "cost"]
@@ -153,8 +156,9 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
         table.add_column(name, justify="left" if name in ("arm", "verdict") else "right", no_wrap=True)
     for arm in result["arms"]:
         gain, ci = arm["gain_over_random"], arm["ci"]
+        mark = " †" if arm["name"] in drawn else ""
         row = [
-            Text(arm["name"]), f"{arm['judged_loss']:.3f}", "" if gain is None else f"{gain:+.3f}",
+            Text(arm["name"] + mark), f"{arm['judged_loss']:.3f}", "" if gain is None else f"{gain:+.3f}",
             "" if ci is None else f"{ci[0]:+.3f} .. {ci[1]:+.3f}", Text(arm["verdict"], STYLES[arm["verdict"]]),
             f"{arm['selection_flops_share']:.1f}x",
         ]  # fmt: skip
@@ -164,6 +168,8 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(Text("loss: judged; gain: over random, positive = better; cost: in training runs", "dim"))
+    if drawn:
+        console.print(Text("†: more than half fell by lot; the luck of that draw is in the interval", "dim"))
     for arm in result["arms"]:
         aucs = {k: v["auc"] for k, v in arm["planted"].items() if v.get("auc") is not None and k == "flipped"}
         for kind, value in aucs.items():
@@ -184,6 +190,8 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
 
 def show_league(record: dict[str, Any], console: Console | None = None) -> None:
     """The tables of a track, the largest gain first."""
+    from assay.summary import LOT
+
     console = console or Console()
     for name, found in record["tables"].items():
         family = found["family"]
@@ -199,13 +207,15 @@ def show_league(record: dict[str, Any], console: Console | None = None) -> None:
             verdict, ci = (row["verdict"], None) if both is None else (both["verdict"], both["ci"])
             mark = "=" if row["name"] in (family["best"], *family["tied"]) else ""
             cells = [f"{a:+.3f} .. {b:+.3f}" for a, b in (row["ci"], *([ci] if ci else []))]
+            shown = row["name"] + (" †" if row["by_lot"] > LOT else "")
             table.add_row(
-                Text(row["name"], "italic" if row["oracle"] else ""), f"{row['judged_loss']:.3f}",
+                Text(shown, "italic" if row["oracle"] else ""), f"{row['judged_loss']:.3f}",
                 f"{row['gain']:+.3f}", cells[0], cells[1] if ci else "", Text(verdict, STYLES[verdict]), mark,
                 f"{row['cost']:.1f}x",
             )  # fmt: skip
         console.print(table)
-    text = "together: intervals that hold for all methods of a table at once; =: not told from the best; oracle: knows"
+    text = "together: intervals that hold for all methods of a table at once; =: not told from the best; oracle: knows;"
+    text += " †: fell by lot, its luck is in the intervals"
     console.print(Text(text, "dim"))
 
 

@@ -103,8 +103,13 @@ def _recorded(file: Path) -> dict[str, Any]:
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
         version = held["format"]
+        if not isinstance(held["track"], dict) or not isinstance(held["tables"], dict):
+            raise TypeError("its track and its tables are no tables")
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError("unreadable record", where=file, why=str(error), fix="delete it to begin anew") from error
+        why = f"it has no key {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            "this is no record of a track", where=file, why=why, fix="move it away, or choose another --out"
+        ) from error
     if version != FORMAT:
         raise InputError(f"the record is of format {version}, this is {FORMAT}", where=file, fix="choose another --out")
     return held
@@ -162,7 +167,7 @@ def _row(track: Track, table: str, job: Job, arm: dict[str, Any], spec: dict[str
         "by_seed": arm["by_seed"], "by_item": " ".join(f"{x:.5f}" for x in losses[arm["name"]].mean(axis=0)),
         **found, "by_lot": lot,
         "cost_class": arm["cost_class"], "cost": arm["selection_flops_share"], "selected": arm["selected"],
-        "tokens": arm["tokens"], "of_budget": arm["tokens"] / job.budget.amount, "domains": arm["domains"],
+        "tokens": arm["tokens"], "of_budget": _spent(job, arm) / job.budget.amount, "domains": arm["domains"],
         "own": {domain: share(sound & (domains == domain)) for domain in track.tables[table]},
         "damaged": share(~sound), "defects": {k: v["selected"] for k, v in arm["planted"].items()},
         "made": {
@@ -170,6 +175,11 @@ def _row(track: Track, table: str, job: Job, arm: dict[str, Any], spec: dict[str
             "selection": selection.fingerprint,
         },
     }  # fmt: skip
+
+
+def _spent(job: Job, arm: dict[str, Any]) -> int:
+    """What a selection takes of the budget, in its unit."""
+    return arm["tokens"] if job.budget.unit == "tokens" else arm["selected"]
 
 
 def _merged(old: dict[str, Any] | None, new: dict[str, Any], *, strict: bool, where: Path) -> dict[str, Any]:
@@ -210,11 +220,26 @@ def margins(
     return [m for m in (draw, by_seed, by_item) if len(m) > 1]
 
 
+def differences(
+    table: Mapping[str, Any], rows: list[dict[str, Any]], than: dict[str, Any], luck: np.ndarray
+) -> list[np.ndarray]:
+    """As `margins` over another row, with the variance of the random draws for each of the two that fell by lot.
+
+    `luck` `[k]` says how many of them did: 0, 1 or 2. The draws stand in such a way that the variance of their mean is
+    so many times that of one draw.
+    """
+    found, draws = margins(table, rows, than), np.array([np.mean(row["by_seed"]) for row in table["random"]])
+    if len(draws) > 1 and luck.any():
+        gain = np.array([np.mean(than["by_seed"]) - np.mean(row["by_seed"]) for row in rows])
+        found.insert(0, gain + (draws - draws.mean())[:, None] * np.sqrt(len(draws) * luck))
+    return found
+
+
 def family(table: Mapping[str, Any]) -> dict[str, Any]:
     """What many contestants at once allow to be said: intervals that hold together, and who ties with the best.
 
     The oracle is no contestant. `tied` are those whose gain cannot be told from the largest one's, by intervals of the
-    differences that hold together.
+    differences that hold together and know of the luck of those that fell by lot.
     """
     rows = [row for row in table["entries"] if not row["oracle"]]
     if not rows:
@@ -228,6 +253,7 @@ def family(table: Mapping[str, Any]) -> dict[str, Any]:
     rest = [row for row in rows if row is not best]
     tied = []
     if rest:
-        _, _, most, _ = family_intervals(margins(table, rest, best), level=level, draws=DRAWS)
+        luck = lot[[row is not best for row in rows]] + float(best["by_lot"] > LOT)
+        _, _, most, _ = family_intervals(differences(table, rest, best, luck), level=level, draws=DRAWS)
         tied = [row["name"] for row, bound in zip(rest, most, strict=True) if bound >= 0]
     return {"size": len(rows), "share": share, "entries": entries, "best": best["name"], "tied": tied}

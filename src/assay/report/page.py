@@ -22,6 +22,7 @@ from markupsafe import Markup, escape
 
 from assay.core.errors import InputError
 from assay.report import curves, figures, pipelines
+from assay.summary import LOT
 
 FORMAT = 1
 LARGEST = 9_500_000  # bytes of the finished page
@@ -63,6 +64,7 @@ SCHEMA: dict[str, Any] = {
             "by_seed": [NUMBER],
             "gain_over_random?": NUMBER,
             "ci?": [NUMBER],
+            "by_lot?": NUMBER,
             "domains?": {"*": NUMBER},
             "contamination?": {"hits?": NUMBER, "enrichment?": NUMBER},
             "planted?": {"*": {"selected?": NUMBER, "in_pool?": NUMBER, "enrichment?": NUMBER}},
@@ -405,6 +407,7 @@ def _view(result: dict, limits: Limits) -> dict[str, Any]:
         "limits": limits,
         "level": level_of(result),
         "arms": arms,
+        "drawn": [a["name"] for a in arms if a["verdict"] != "baseline" and (a.get("by_lot") or 0) > LOT],
         "sentences": sentences,
         "outcome": "gain" if "better" in verdicts else "none" if verdicts - {"baseline"} else "empty",
         "places": figures.decimals(widths or [arm.get("gain_over_random") for arm in arms]),
