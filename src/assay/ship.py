@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,16 @@ def _datatrove(path: Path, pool: Pool, selection: Selection, name: str) -> list[
 
 def _dolma(path: Path, pool: Pool, selection: Selection, name: str) -> list[Path]:
     """Attributes of every document, kept or not: one file for each file of the pool, in its order, as the mixer wants
-    it; a span over the whole text with score 1 (kept) or 0."""
+    it; a span over the whole text, in characters, with score 1 (kept) or 0.
+
+    The mixer pairs lines by their number: with the pool's own files that holds only if no row of them was quarantined
+    or left out of the run. What is joined by id is not touched by that.
+    """
     attribute, kept = f"assay__{name}__keep", np.isin(pool.ids, selection.ids)
     sources = np.array(pool.column("source")) if "source" in pool.columns else np.full(len(pool), "")
-    made = []
-    for source in dict.fromkeys(sources.tolist()):
-        file = path / "attributes" / f"assay_{name}" / _stem(source)
+    made, called = [], _stems(list(dict.fromkeys(sources.tolist())))
+    for source, stem in called.items():
+        file = path / "attributes" / f"assay_{name}" / stem
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = np.flatnonzero(sources == source)
         with _jsonl(file) as out:
@@ -116,7 +121,13 @@ def _datacomp(path: Path, pool: Pool, selection: Selection, name: str) -> list[P
 
 
 def _ids(path: Path, pool: Pool, selection: Selection, name: str) -> list[Path]:
-    """Ids kept, one a line, in the selection's order."""
+    """Ids kept, one a line, in the selection's order. Raises `InputError` for one that would not come back."""
+    for one in decode_ids(selection.ids):
+        if one != one.strip() or "\n" in one or "\r" in one:
+            raise InputError(
+                f"id {one!r} cannot stand on a line of its own", why="line breaks and outer blanks would be lost",
+                fix="export in another form, such as curator or datatrove",
+            )  # fmt: skip
     (path / f"{name}.txt").write_bytes(b"".join(one + b"\n" for one in selection.ids.tolist()))
     return [path / f"{name}.txt"]
 
@@ -124,6 +135,28 @@ def _ids(path: Path, pool: Pool, selection: Selection, name: str) -> list[Path]:
 FORMS: dict[str, Callable[[Path, Pool, Selection, str], list[Path]]] = {
     "datatrove": _datatrove, "dolma": _dolma, "curator": _curator, "datacomp": _datacomp, "ids": _ids,
 }  # fmt: skip
+
+
+def _stems(sources: list[str]) -> dict[str, str]:
+    """The name of each file's attributes. Of files that differ in their ending alone, the one whose documents already
+    have that name keeps it, else the first; the others are numbered.
+
+    >>> _stems(["d/x.parquet", "d/x.jsonl.gz", "d/x-2.jsonl"])
+    {'d/x.parquet': 'd/x-3.jsonl.gz', 'd/x.jsonl.gz': 'd/x.jsonl.gz', 'd/x-2.jsonl': 'd/x-2.jsonl.gz'}
+    """
+    wanted = {source: _stem(source) for source in sources}
+    holder: dict[str, str] = {}
+    for source in sorted(sources, key=lambda s: not s.endswith(wanted[s])):
+        holder.setdefault(wanted[source], source)
+    found, used = {}, set(holder)
+    for source, stem in wanted.items():
+        number, made = 1, stem
+        while holder[stem] != source and made in used:
+            number += 1
+            made = f"{stem.removesuffix('.jsonl.gz')}-{number}.jsonl.gz"
+        used.add(made)
+        found[source] = made
+    return found
 
 
 def _stem(source: str) -> str:
@@ -136,7 +169,8 @@ def _stem(source: str) -> str:
 
 
 def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool)
+    """Whether JSON has a word for it: it has none for NaN and infinity."""
+    return isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _line(out: Any, value: dict[str, Any]) -> None:

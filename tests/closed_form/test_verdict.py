@@ -261,6 +261,21 @@ def test_the_same_verdict_twice_is_no_conflict(tmp_path: Path, pool: Pool) -> No
     assert scores(tmp_path, pool, path=path, column="q") == [1] * 5
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("held", [[None, 0.5], [0.5, None], [None, 0.5, None, 0.5]])
+def test_a_key_with_no_value_is_no_verdict(tmp_path: Path, pool: Pool, held: list[Any], pieces: int) -> None:
+    """Before the number or behind it, in one file or another."""
+    (tmp_path / "v").mkdir()
+    rows = [{"id": "a", "q": value} for value in held]
+    rest = [{"id": n, "q": 1} for n in NAMES[1:]]
+    for piece in range(pieces):
+        jsonl(tmp_path / "v" / f"{piece}.jsonl", rows[piece::pieces] + rest)
+    assert scores(tmp_path, pool, path=str(tmp_path / "v"), column="q") == [0.5, 1, 1, 1, 1]
+    jsonl(tmp_path / "v" / "last.jsonl", [{"id": "a", "q": None}, {"id": "a", "q": 0.25}])
+    with pytest.raises(InputError, match="two verdicts on id 'a'"):
+        scores(tmp_path, pool, path=str(tmp_path / "v"), column="q")
+
+
 # Ours in their forms, and back.
 
 
@@ -308,6 +323,43 @@ def test_the_forms_are_those_of_the_programs(tmp_path: Path, chosen: tuple[Pool,
     (file,) = ship.write("datacomp", tmp_path / "u", pool, selection, "bm25")
     array = np.load(file, allow_pickle=False)
     assert array.dtype == np.dtype("u8,u8") and array.tolist() == sorted(array.tolist()) and len(array) == 3
+
+
+def test_files_that_differ_in_their_ending_have_attributes_of_their_own(tmp_path: Path) -> None:
+    sources = ["d/x.jsonl", "d/x.jsonl.gz", "d/x.parquet", "d/x-2.jsonl", "y.csv", "y.tsv"]
+    rows = {"id": [f"{k}" for k in range(12)], "text": [f"text {k}" for k in range(12)], "source": sources * 2}
+    pool = Pool.from_columns(rows)
+    files = ship.write("dolma", tmp_path, pool, Selection(pool.ids[:3], np.ones(3), {}), "x")
+    assert len({*files}) == 6
+    held = [[json.loads(line) for line in gzip.decompress(f.read_bytes()).splitlines()] for f in files]
+    assert [[row["id"] for row in rows] for rows in held] == [[f"{k}", f"{k + 6}"] for k in range(6)]
+    names = {rows[0]["source"]: str(f.relative_to(tmp_path / "attributes" / "assay_x")) for f, rows in
+             zip(files, held, strict=True)}  # fmt: skip
+    assert names == {
+        "d/x.jsonl": "d/x-3.jsonl.gz", "d/x.jsonl.gz": "d/x.jsonl.gz", "d/x.parquet": "d/x-4.jsonl.gz",
+        "d/x-2.jsonl": "d/x-2.jsonl.gz", "y.csv": "y.jsonl.gz", "y.tsv": "y-2.jsonl.gz",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two\rlines", " before", "after\u00a0"])
+def test_ids_that_no_line_can_hold_are_refused(tmp_path: Path, name: str) -> None:
+    pool = Pool.from_columns({"id": ["a", name], "text": ["s", "t"]})
+    with pytest.raises(InputError, match="cannot stand on a line of its own"):
+        ship.write("ids", tmp_path, pool, Selection.everything(pool.ids))
+    ship.write("curator", tmp_path, pool, Selection(pool.ids[:1], np.ones(1), {}))
+    assert scores(tmp_path, pool, path=str(tmp_path / "part.0.parquet"), format="curator") == [1, 0]
+
+
+def test_metadata_without_a_word_in_json_is_left_out(tmp_path: Path) -> None:
+    pool = Pool.from_columns({"id": ["a", "b", "c"], "text": list("stu"), "q": [float("nan"), 0.5, float("inf")]})
+    (file,) = ship.write("datatrove", tmp_path, pool, Selection.everything(pool.ids))
+
+    def refused(word: str) -> Any:
+        raise AssertionError(f"{word} is no JSON")
+
+    lines = gzip.decompress(file.read_bytes()).decode().splitlines()
+    held = [json.loads(line, parse_constant=refused)["metadata"] for line in lines]
+    assert held == [{"weight": 1.0}, {"q": 0.5, "weight": 1.0}, {"weight": 1.0}]
 
 
 def test_what_cannot_be_told_is_refused(tmp_path: Path, pool: Pool) -> None:

@@ -101,9 +101,11 @@ class Verdict(Scorer):
             rows, which = known.rows(self._theirs(part, asked))
             count, strangers = count + len(part.keys), strangers + len(part.keys) - len(np.unique(which))
             given = np.ones((len(rows), 1)) if part.values is None else part.values[which]
+            # A row with nothing in that column says nothing, wherever it stands.
+            says = ~np.isnan(given[:, 0])
+            rows, given = rows[says], given[says]
             _same(pool, seen, values, rows, given, part.where)
-            fresh = rows[~np.isnan(given[:, 0])]
-            values[rows], seen[fresh] = given, True
+            values[rows], seen[rows] = given, True
         self._told(context, count, strangers, int(seen.sum()))
         if listing:
             return np.where(seen, float(means == "keep"), float(means == "drop"))[:, None]
@@ -191,7 +193,7 @@ def _same(pool: Pool, seen: np.ndarray, values: np.ndarray, rows: np.ndarray, gi
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return ((a != b) & ~(np.isnan(a) & np.isnan(b))).any(axis=1)
+    return (a != b).any(axis=1)
 
 
 def _shares(found: np.ndarray, lengths: np.ndarray) -> np.ndarray:
