@@ -86,6 +86,18 @@ def test_other_weights_in_the_same_folder_are_another_method(tmp_path: Path) -> 
     assert make(Featurizer, options).code() != before
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "tokenizer_config.json"])
+def test_another_tokenizer_or_config_in_the_same_folder_is_another_method(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_encoder(), folder)
+    options = {"name": "encoder", "path": str(folder)}
+    before = make(Featurizer, options).code()
+    (folder / "README.md").write_text("of no account")
+    assert make(Featurizer, options).code() == before
+    (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
+    assert make(Featurizer, options).code() != before
+
+
 def test_its_work_is_counted(tmp_path: Path) -> None:
     """2 x (weights of matrices) a token and attention, of texts of one length: exact by hand."""
     made = TextEncoder(path=tiny_encoder(), context=24, pooling="mean")

@@ -324,3 +324,62 @@ def test_a_run_is_exported_and_its_verdicts_are_filters(
         cli.app(["export", str(made), "--arm", "x", "--to", "ids"], standalone_mode=False)
     with pytest.raises(InputError, match="recommends no arm"):
         cli.app(["export", str(made), "--to", "ids"], standalone_mode=False)
+
+
+def test_another_way_of_filtering_makes_selections_anew(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Selections with filters follow the code of filters; those without are found again."""
+    from assay import filters
+
+    asked = study(
+        made, methods=["random"], arms=[{"name": "long", "method": "random", "filters": [LONG]}],
+        verify={"seeds": 2, "random": 1, "everything": False},
+    )  # fmt: skip
+
+    def steps() -> set[str]:
+        run_study(asked, tmp_path / "run", workers=1)
+        return {path.name for path in (tmp_path / "run" / "steps").glob("select-*")}
+
+    before = steps()
+    assert steps() == before
+    other = tmp_path / "filters.py"
+    other.write_text(Path(str(filters.__file__)).read_text() + "\n# another\n")
+    monkeypatch.setattr(filters, "__file__", str(other))
+    after = steps()
+    assert len(before) == len(after) == 2 and len(before & after) == 1
+
+
+def test_names_in_the_data_do_not_drive_the_terminal(tmp_path: Path) -> None:
+    """A domain that is called as an escape sequence, in a warning, in a table of results and among best ids."""
+    from io import StringIO
+
+    from assay import terminal
+
+    def shown(show: Callable[[Console], None]) -> str:
+        out = StringIO()
+        show(Console(file=out, force_terminal=True, color_system=None, width=200))
+        return out.getvalue()
+
+    name = "news\x1b[2J\x1b]0;owned\x07\u202e"
+    said = shown(lambda console: terminal.Bars(console).warn(f"the filters keep 1% of domain {name!s}"))
+    spread = {"lowest": 0.0, "median": 0.0, "highest": 0.0, "positive": 0.0, "top": [{"id": name}]}
+    scores = {"rows": 1, "target": 1, "methods": {"bm25": spread}, "wall": 1.0, "peak_rss": 1, "out": "o"}
+    said += shown(lambda console: terminal.show_scores(scores, console))
+    row = {"name": name, "linearity": None, "agreement": 0.1, "mended": 0.1, "curvature": 0.1, "verdict": "unknown"}
+    smooth = {
+        "name": name, "target": {"measure": "loss"}, "findings": [name],
+        "smooth": {"directions": 1, "center": 1.0, "h": 0.1, "rows": [{**row, "loss": 1.0}]},
+    }  # fmt: skip
+    said += shown(lambda console: terminal.show_smooth(smooth, console))
+    assert said.count("news\\x1b[2J\\x1b]0;owned\\x07\\x202e") == 5
+    assert not {"\x1b]", "\x07", "\u202e", "\x1b[2J"} & {part for part in ("\x1b]", "\x07", "\u202e", "\x1b[2J")
+                                                          if part in said}  # fmt: skip
+
+
+def test_a_bound_on_no_column_is_refused_before_scores_are_written(made: Path, tmp_path: Path) -> None:
+    asked = study(made, methods=["random"], filters=[{"name": "length", "bounds": {"wrods": [1, 2]}}])
+    with pytest.raises(InputError, match="length has no column 'wrods'"):
+        run_study(asked, tmp_path / "run", workers=1)
+    (step,) = (tmp_path / "run" / "steps").glob("scores-length-*")
+    assert step.suffix == ".part" and not list(step.iterdir())

@@ -475,11 +475,6 @@ def _verify(
         typer.echo(f"report:   {out / 'report.html'}")
 
 
-def terminal_safe(text: str) -> str:
-    """Control characters of file contents made visible, so that they cannot drive the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-
-
 def main() -> None:
     """Entry point: bad input is one clear message and status 2, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -488,6 +483,8 @@ def main() -> None:
     try:
         app()
     except InputError as error:
+        from assay.terminal import terminal_safe
+
         typer.echo(f"error: {terminal_safe(str(error))}", err=True)
         sys.exit(2)
     except OSError as error:

@@ -8,15 +8,16 @@ groups of copies (`Scorer.group`), which copy stays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from assay.core.errors import InputError, nearest
-from assay.core.keys import hash_ids
-from assay.core.method import Bounds, Scorer, make
+from assay.core.keys import canonical, hash_ids
+from assay.core.method import Bounds, Method, Scorer, make
 from assay.core.table import Table
 
 GATE = "contains a target item"
@@ -42,6 +43,11 @@ class Filter:
         """The method's name, and the preset where it is not the method's first."""
         name, first = self.method.name.rpartition(".")[2], next(iter(self.method.presets), None)
         return name if self.preset in (None, first) else f"{name} {self.preset}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of the scorer that it looks at, by name."""
+        return tuple(self.bounds) if self.keep is None else (self.column,) if self.column else ()
 
     def spec(self) -> dict[str, Any]:
         """Plain JSON with every bound written out; `parse` is the inverse."""
@@ -78,7 +84,12 @@ class Filter:
 
     def _heirs(self, table: Table, here: np.ndarray) -> np.ndarray:
         """Of each group of copies, the best row that is still here: it stays even if the group's own survivor, which an
-        earlier filter dropped, would have been the one to stay."""
+        earlier filter dropped, would have been the one to stay.
+
+        One row for a group, whatever holds the group together. Of exact copies that is right. Where members are like
+        the survivor and not each other (stars of `minhash`, groups of `semdedup`), or are joined by chains, those
+        that only the lost row had held together are dropped all the same, with nothing here that says what they say.
+        """
         groups, scores = table.column(self.method.group), table.column(table.columns[0])
         rows = np.flatnonzero(here & (groups >= 0))
         rows = rows[np.lexsort((table.ids[rows], -scores[rows], groups[rows]))]
@@ -108,7 +119,8 @@ def parse(spec: Any) -> Filter:
         raise InputError(f"not a filter: {spec!r}", fix="give a scorer's name, or a table with a name and options")
     table: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     own = {key: table.pop(key) for key in KEYS if key in table}
-    if "method" in table:
+    named = "method" not in table
+    if not named:
         inner = table.pop("method")
         if table:
             raise InputError(
@@ -117,6 +129,11 @@ def parse(spec: Any) -> Filter:
             )
         table = {"name": inner} if isinstance(inner, str) else inner
     method = make(Scorer, table)
+    if named and own.get("column") and (inside := _inside(method, own, "column")):
+        raise InputError(
+            f"filter {method.name!r}: `column` could be the filter's or the scorer's", why="both have one",
+            fix=f"{inside}; for the filter's write method = {{name = {method.name!r}}} beside it",
+        )  # fmt: skip
     if own.get("keep") is not None:
         return _by_rank(method, own)
     if own.get("column"):
@@ -132,13 +149,21 @@ def parse(spec: Any) -> Filter:
     if preset is not None and preset not in method.presets:
         why = "" if method.presets else "this scorer has none"
         raise InputError(
-            f"filter {method.name!r} has no preset {preset!r}", why=why, fix=nearest(str(preset), method.presets)
-        )
+            f"filter {method.name!r} has no preset {preset!r}", why=why,
+            fix=_inside(method, own, "preset") or nearest(str(preset), method.presets),
+        )  # fmt: skip
     merged = {**(method.presets[preset] if preset is not None else {}), **given}
     bounds = {name: ends for name, ends in merged.items() if ends != (None, None)}
     if not bounds:
         raise InputError(f"filter {method.name!r} bounds nothing", fix="drop it, or give a column one end")
     return Filter(method, preset, bounds)
+
+
+def _inside(method: Scorer, own: Mapping[str, Any], key: str) -> str:
+    """How to write an option of the scorer that is called as one of the filter; empty where it has none."""
+    if key not in {field.name for field in dataclasses.fields(method)}:
+        return ""
+    return f"for the scorer's option write method = {{name = {method.name!r}, {key} = {own[key]!r}}} without `name`"
 
 
 def _by_rank(method: Scorer, own: Mapping[str, Any]) -> Filter:
@@ -155,7 +180,7 @@ def _by_rank(method: Scorer, own: Mapping[str, Any]) -> Filter:
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise InputError(
             f"filter {method.name!r} cannot keep {own['keep']!r}", why="it is a share of the rows that reach it",
-            fix="write keep = 0.3, or keep = '30%'",
+            fix="; ".join(filter(None, ["write keep = 0.3, or keep = '30%'", _inside(method, own, "keep")])),
         )  # fmt: skip
     return Filter(method, None, {}, float(share), str(own.get("column") or ""))
 
@@ -182,6 +207,23 @@ def _bounds(method: Scorer, given: Any) -> dict[str, tuple[float | None, float |
 def _is_end(value: Any) -> bool:
     """Whether a value can be one end of an interval: a number, and no NaN, or nothing."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value == value)
+
+
+def checking(pipeline: Sequence[Filter]) -> Callable[[Method, Sequence[str]], None]:
+    """A check that a scorer has the columns that these filters look at. It raises `InputError` for one that has not."""
+    wanted: dict[str, list[str]] = {}
+    for one in pipeline:
+        wanted.setdefault(canonical(one.method.spec()), []).extend(one.columns)
+
+    def check(method: Method, columns: Sequence[str]) -> None:
+        for name in wanted.get(canonical(method.spec()), []):
+            if name not in columns:
+                why = f"it has: {', '.join(columns[:50])}"
+                raise InputError(
+                    f"{method.name} has no column {name!r}", where="filters", why=why, fix=nearest(name, columns)
+                )
+
+    return check
 
 
 @dataclass(frozen=True)

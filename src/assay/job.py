@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from assay import __version__, filters
 from assay.core.errors import InputError, nearest
-from assay.core.keys import canonical, digest, encode_ids, hash_ids, write_json
+from assay.core.keys import canonical, digest, digest_sources, encode_ids, hash_ids, write_json
 from assay.core.method import Method, Scorer, Selector, make
 from assay.core.pool import Pool
 from assay.core.progress import Progress
@@ -230,6 +230,7 @@ def check_contamination(job: Job) -> None:
 
 def score(job: Job) -> None:
     """Every arm's Table of scores over the pool; those of filters first, so that what they drop is known early."""
+    job.measurer.check = filters.checking([one for pipeline in job.filters.values() for one in pipeline])
     for method in job.sifters:
         job.measurer.path(method, job.pool)
     _sieves(job)
@@ -279,6 +280,7 @@ def select(job: Job) -> None:
     eligible = ~np.isin(job.pool.ids, job.hits.ids)
     countable = job.task is not None and job.task.countable
     tokens = int(sizes[eligible].sum()) if countable else None
+    sieve = digest_sources(Path(filters.__file__))
     job.budget = Budget.parse(job.study.budget, examples=int(eligible.sum()), tokens=tokens)
     for name, method in job.methods.items():
         scores, selector, pipeline = job.measurer.table(method), job.selectors[name], job.filters[name]
@@ -297,7 +299,7 @@ def select(job: Job) -> None:
             "budget": [job.budget.amount, job.budget.unit], "sizes": job.encodings[job.pool.fingerprint].name,
             "barred": digest([i.decode() for i in job.hits.ids.tolist()]),
             # Named only where there are some, so that what was made without them is found again.
-            **({"filters": [[f.spec(), _place(job, f.method)] for f in pipeline]} if pipeline else {}),
+            **({"filters": [[f.spec(), _place(job, f.method)] for f in pipeline], "sieve": sieve} if pipeline else {}),
         }  # fmt: skip
         path = job.run.step("select", key, build, label="select")
         job.free[name], job.selections[name] = Selection.open(path / "free"), Selection.open(path / "final")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -200,6 +200,8 @@ class Measurer:
         """Hashes of weights by the identity of what holds them; `trajectories` keeps that alive."""
         self._paths: dict[tuple[str, str], Path] = {}
         self._stack: list[_Frame] = []
+        self.check: Callable[[Method, Sequence[str]], None] = lambda method, columns: None
+        """Sees a method's columns once it is prepared, or its Table found, before anything is scored."""
 
     # What methods see (the `Context` protocol).
 
@@ -309,8 +311,10 @@ class Measurer:
             path = self.run.step(name, key, build, label=self._label(method, pool))
             if not made:
                 self._mend(method, pool, path)
+            table = Table.open(path)
+            self.check(method, table.columns)
             self._paths[held] = path
-            for message in Table.open(path).meta.get("warnings", []):
+            for message in table.meta.get("warnings", []):
                 self.warn(message)
             for name in closure(path):
                 self.run.touch(name)
@@ -398,8 +402,10 @@ class Measurer:
         try:
             self.progress.begin(self._label(method, pool), -(-len(pool) // self.shard))
             state = _one_thread(lambda: method.init(self))  # type: ignore[attr-defined]
+            columns = method.columns(state)  # type: ignore[attr-defined]
+            self.check(method, columns)
             work = self._work(method, state, pool)
-            self._fill(work, part, method.columns(state), frame)  # type: ignore[attr-defined]
+            self._fill(work, part, columns, frame)
         finally:
             self._stack.pop()
         write_json(part / "uses.json", sorted(set(frame.uses)))

@@ -17,6 +17,24 @@ MARKS = {"better": "▲", "worse": "▼", "unresolved": "·"}
 STYLES = {"better": "bold green", "worse": "red", "unresolved": "yellow", "baseline": "dim"}
 
 
+def terminal_safe(text: str) -> str:
+    """Control characters of file contents made visible, so that they cannot drive the terminal.
+
+    >>> terminal_safe("news\x1b[2J")
+    'news\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+def _safe(found: Any) -> Any:
+    """What is shown, with every name and sentence in it made safe."""
+    if isinstance(found, str):
+        return terminal_safe(found)
+    if isinstance(found, dict):
+        return {_safe(key): _safe(value) for key, value in found.items()}
+    return [_safe(value) for value in found] if isinstance(found, list | tuple) else found
+
+
 class Bars(Progress):
     """A live line on a terminal; a line for each finished stage elsewhere. Speaks on standard error only."""
 
@@ -56,7 +74,7 @@ class Bars(Progress):
             self.console.print(Text.assemble(*parts))
 
     def warn(self, message: str) -> None:
-        self.console.print(Text.assemble(("warning: ", "yellow"), message))
+        self.console.print(Text.assemble(("warning: ", "yellow"), terminal_safe(message)))
 
     def close(self) -> None:
         if self._live is not None:
@@ -106,6 +124,7 @@ def _fit(label: str) -> str:
     >>> len(_fit("read")), _fit("features: somewhere.long.gradients (target)")
     (31, 'features: somew…ients (target) ')
     """
+    label = terminal_safe(label)
     if len(label) > LABEL:
         half = (LABEL - 1) // 2
         label = label[: LABEL - 1 - half] + "…" + label[-half:]
@@ -146,7 +165,7 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
     """The arms, the verdict in a sentence, and where things are."""
     from assay.summary import LOT
 
-    console = console or Console()
+    console, result = console or Console(), _safe(result)
     whole = any("over_everything" in arm for arm in result["arms"])
     drawn = [a["name"] for a in result["arms"] if a["verdict"] != "baseline" and a.get("by_lot", 0.0) > LOT]
     title = f"{result['name']}: judged on {result['target']['judged']} held-out items"
@@ -192,7 +211,7 @@ def show_league(record: dict[str, Any], console: Console | None = None) -> None:
     """The tables of a track, the largest gain first."""
     from assay.summary import LOT
 
-    console = console or Console()
+    console, record = console or Console(), _safe(record)
     for name, found in record["tables"].items():
         family = found["family"]
         table = Table(
@@ -235,7 +254,7 @@ def show_intent(trust: Any) -> None:
     ]  # fmt: skip
     console = Console(stderr=True)
     for line in lines:
-        console.print(Text("  " + line, "dim"))
+        console.print(Text("  " + terminal_safe(line), "dim"))
 
 
 def _outlook(trust: Any) -> str:
@@ -264,12 +283,13 @@ def show_smooth_intent(trust: Any) -> None:
         f"{count * (1 + 2 * spec.directions)} trainings",
     ]  # fmt: skip
     for line in lines:
-        Console(stderr=True).print(Text("  " + line, "dim"))
+        Console(stderr=True).print(Text("  " + terminal_safe(line), "dim"))
 
 
 def show_smooth(result: dict[str, Any], console: Console | None = None) -> None:
     """Metasmoothness of the training as it is and with each change, and what it means."""
-    console, found = console or Console(), result["smooth"]
+    console, result = console or Console(), _safe(result)
+    found = result["smooth"]
     count = found["directions"]
     title = f"{result['name']}: data weights {found['center']:g} moved by {2 * found['h']:.0%} in {count} directions"
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -295,7 +315,7 @@ SMOOTH = {"usefully": "bold green", "with care": "yellow", "not usefully": "red"
 
 def show_trust(result: dict[str, Any], console: Console | None = None) -> None:
     """LDS of every method with interval and cost, the checks, and what was found in sentences."""
-    console = console or Console()
+    console, result = console or Console(), _safe(result)
     level, bank = f"{result['level']:.0%} CI", result["bank"]
     title = f"{result['name']}: LDS on {result['target']['judging']} reported targets, {bank['trainings']} retrainings"
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -332,7 +352,7 @@ def _rank(row: dict[str, Any]) -> float:
 
 def show_store(facts: dict[str, Any], console: Console | None = None) -> None:
     """What writing a store took."""
-    console = console or Console()
+    console, facts = console or Console(), _safe(facts)
     number, count = facts["part"]
     part = f" (part {number} of {count})" if count > 1 else ""
     made, rows = facts["computed"], facts["rows"]
@@ -350,7 +370,7 @@ def show_store(facts: dict[str, Any], console: Console | None = None) -> None:
 
 def show_scores(found: dict[str, Any], console: Console | None = None) -> None:
     """The spread of each method's scores, and the best examples."""
-    console = console or Console()
+    console, found = console or Console(), _safe(found)
     title = f"{found['rows']:,} examples scored for {found['target']:,} of the target"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("method", "lowest", "median", "highest", "above zero"):

@@ -209,6 +209,37 @@ def test_stages_that_starve_a_domain_together_are_told() -> None:
     ]
 
 
+def test_what_the_fix_says_can_be_parsed() -> None:
+    inner = {"name": "minhash", "column": "title"}
+    made = filters.parse({"method": inner, "keep": 0.5, "column": "size"})
+    assert made.method == make(Scorer, inner) and (made.keep, made.column) == (0.5, "size")
+    easy = filters.parse({"method": {"name": "semdedup", "keep": "easy"}})
+    assert easy.method == make(Scorer, {"name": "semdedup", "keep": "easy"}) and easy.keep is None
+
+
+def test_a_column_that_is_not_there_is_told_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.open(tmp_path, {})
+    run.close()
+    pool, scored = Pool.from_columns({"id": list("ab"), "text": ["one two", "three"]}), []
+    kind = type(make(Scorer, "length"))
+    real = kind.score
+    monkeypatch.setattr(kind, "score", lambda self, state, batch: (scored.append(1), real(self, state, batch))[1])
+    for more in ({"bounds": {"wrods": [1, 2]}}, {"keep": 0.5, "column": "wrods"}):
+        made, measurer = filters.parse({"name": "length", **more}), Measurer(run, pool, pool, workers=1)
+        measurer.check = filters.checking([made])
+        with pytest.raises(InputError, match=r"(?s)no column 'wrods'.*did you mean 'words'"):
+            measurer.path(made.method, pool)
+    assert not scored
+    Measurer(run, pool, pool, workers=1).path(make(Scorer, "length"), pool)
+    assert scored == [1]
+    measurer = Measurer(run, pool, pool, workers=1)
+    measurer.check = filters.checking([filters.parse({"name": "length", "bounds": {"wrods": [1, 2]}})])
+    with pytest.raises(InputError, match="no column 'wrods'"):  # a Table that is found is asked as well
+        measurer.path(make(Scorer, "length"), pool)
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -225,7 +256,14 @@ def test_stages_that_starve_a_domain_together_are_told() -> None:
         ({"name": "length", "keep": 1.5}, "cannot keep 1.5"), ({"name": "length", "keep": "many"}, "cannot keep 'man"),
         ({"name": "length", "keep": "x%"}, "cannot keep 'x%'"), ({"name": "length", "keep": True}, "cannot keep True"),
         ({"name": "exact_dup", "keep": 0.5, "preset": "first"}, "both `keep` and bounds"),
-        ({"name": "exact_dup", "column": "score"}, "`column` goes with `keep`"),
+        ({"name": "length", "column": "score"}, "`column` goes with `keep`"),
+        (
+            {"name": "verdict", "path": "v.jsonl", "column": "language_score", "bounds": {"score": [0.5, np.inf]}},
+            "write method = {name = 'verdict', column = 'language_score'}",
+        ),
+        ({"name": "exact_dup", "column": "title"}, "write method = {name = 'exact_dup', column = 'title'}"),
+        ({"name": "minhash", "column": "title", "keep": 0.5}, "write method = {name = 'minhash', column = 'title'}"),
+        ({"name": "semdedup", "keep": "easy"}, "write method = {name = 'semdedup', keep = 'easy'}"),
         ({"method": "exact_dup", "seed": 1}, "no key 'seed' beside `method`"),
         ({"name": "exact_dup", "colum": "text"}, "has no option 'colum'"),
     ],

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from assay.core.errors import InputError
-from assay.core.keys import digest
+from assay.core.keys import digest, digest_file
 from assay.core.method import Batch, Context, Cost, Count, Featurizer, ModelPath
 
 
@@ -17,8 +17,9 @@ class Encoder(Featurizer):
         for pooling = 'mean', t for 'position', 1 at the first token alone for 'first'
     Reference: Reimers & Gurevych 2019, arXiv:1908.10084; by position: Muennighoff 2022, arXiv:2202.08904
     Note: `path` is the directory of a model as save_pretrained writes it, or its id on the hub; safetensors weights
-        only. Longer texts are cut at `context` tokens. Which pooling a model was trained for, its card says; the
-        model's weights are part of the key of what is stored. Needs the extra 'hf'
+        only. Longer texts are cut at `context` tokens; a special token in a text is plain characters. Which pooling a
+        model was trained for, its card says; the model's files are part of the key of what is stored. Needs the extra
+        'hf'
     """
 
     path: ModelPath = ""
@@ -33,14 +34,19 @@ class Encoder(Featurizer):
         return False  # a model of its own
 
     @cached_property
-    def _weights(self) -> str:
-        from assay.train.pretrained import checkpoint_hash
+    def _files(self) -> list[tuple[str, str]]:
+        """Everything that makes a vector: weights, the form of the model, and how texts become tokens."""
+        from assay.train.pretrained import folder_of, tensor_files
 
-        return checkpoint_hash(self.path) if self.path else ""
+        if not self.path:
+            return []
+        folder = folder_of(self.path, weights=True)
+        about = [file for ending in ("json", "txt", "model") for file in folder.glob(f"*.{ending}")]
+        return [(file.name, digest_file(file)) for file in [*tensor_files(folder), *sorted(about)]]
 
     def code(self) -> str:
-        # Other weights at the same path are another method.
-        return digest(super().code(), self._weights)
+        # Other weights at the same path are another method, and so is another tokenizer.
+        return digest(super().code(), self._files)
 
     def init(self, context: Context) -> Any:
         from assay.train.encoder import TextEncoder

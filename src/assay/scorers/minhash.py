@@ -53,8 +53,8 @@ class MinHash(Scorer):
         highest value stays. 'components' joins along chains; with 'star' an example goes only if it was compared with
         one that stays. A band of more than nine documents has each compared with the first four and the four before
         it. The column `size` counts the cluster's members, `cluster` numbers it (-1: none): as a filter, the first
-        member that earlier filters left stays. Files `near-*.npy` beside the Table hold the ids that are in clusters,
-        and those of their survivors
+        member that earlier filters left stays, also where the others are like the lost survivor alone. Files
+        `near-*.npy` beside the Table hold the ids that are in clusters, and those of their survivors
     """
 
     column: str = "text"

@@ -42,7 +42,7 @@ class SemDedup(Scorer):
         belongs to its second nearest cluster). Columns for the selector `density`: `cluster`; `distance`, 1 - cos to
         the centroid; `spacing`, mean distance of the centroid to its 20 nearest. Column `group` numbers the groups at
         the option `eps`, of which one example stays each, -1 without any: as a filter after others, the best that
-        those left stays. Not a measure of utility
+        those left stays, also where the others are like the lost one alone. Not a measure of utility
     """
 
     features: Featurizer = "embed"  # type: ignore[assignment]
