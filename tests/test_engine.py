@@ -17,6 +17,7 @@ import torch
 import helpers
 from assay.core.errors import InputError
 from assay.engine import local
+from assay.engine.packing import ALIGNMENT, pack, unpack
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
@@ -59,6 +60,33 @@ def test_bytes_do_not_depend_on_workers():
     assert torch.get_num_threads() == before, "the caller's threads changed"
 
 
+def test_a_state_of_more_tensors_than_a_process_may_have_descriptors():
+    state = {"weights": {str(k): torch.full((3, 2), float(k)) for k in range(400)}}
+    expected = [k * 6 * sum(range(400)) for k in (1, 2, 3)]
+    assert list(local.map(helpers.total, state, [1, 2, 3], workers=2)) == expected
+
+
+def test_packed_tensors_come_back_as_they_were():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(5, 3, generator=generator)
+    value = {
+        "first": first, "again": [first], "bits": torch.tensor([True, False]), "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(2.5, dtype=torch.float64), "half": torch.ones(7, dtype=torch.bfloat16),
+        "turned": torch.randn(4, 6, generator=generator).T, "learnt": torch.ones(2, requires_grad=True),
+        "part": torch.arange(10)[2:5], "name": "x", "none": {"empty": torch.empty(0)},
+    }  # fmt: skip
+    packed = pack(value)
+    back = unpack(packed)
+    for name in ("first", "bits", "empty", "scalar", "half", "turned", "part"):
+        assert torch.equal(back[name], value[name]) and back[name].dtype == value[name].dtype
+        assert back[name].stride() == value[name].stride()
+    assert back["again"][0] is back["first"] or back["again"][0].data_ptr() == back["first"].data_ptr()
+    assert back["learnt"].requires_grad and back["name"] == "x"
+    assert packed.block is not None and packed.block.is_shared()
+    assert all(offset % ALIGNMENT == 0 for offset, _, _ in packed.places)
+    assert unpack(pack({"empty": torch.empty(0, 2)}))["empty"].shape == (0, 2)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_errors_arrive_intact(workers):
     results = local.map(helpers.complain, None, list(range(6)), workers=workers)
@@ -98,6 +126,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import helpers
 from assay.engine import local
+from assay.engine.packing import ALIGNMENT, pack, unpack
 if __name__ == "__main__":
     for _ in local.map(helpers.note_pid, sys.argv[2], list(range(6)), workers=2):
         print("one", flush=True)

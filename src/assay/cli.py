@@ -34,12 +34,6 @@ Workers = Annotated[
 ]
 Replace = Annotated[bool, typer.Option("--replace", help="Take over a directory that holds another study's run.")]
 
-DEMOS = ("text", "digits")
-QUICK = {
-    "text": ["pool.size=1500", "proxy.passes=0.3", "verify.seeds=2", "train.repeats=0.5", "budget='20%'"],
-    "digits": ["proxy.steps=60", "train.steps=60", "verify.seeds=2"],
-}
-
 
 def _version(value: bool) -> None:
     if value:
@@ -61,17 +55,16 @@ def demo(
     name: Annotated[str, typer.Argument(help="text | digits")] = "text",
     target: Annotated[str | None, typer.Option(help="For text: docs | code | docstring | comment.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A shortened form that still runs every stage.")] = False,
+    every: Annotated[bool, typer.Option("--every", help="For text: the league's methods, not a fast choice.")] = False,
     out: Out = None, sets: Sets = None, json_: Json = False, quiet: Quiet = False, workers: Workers = None,
     replace: Replace = False,
 ) -> None:  # fmt: skip
     """Run the whole loop on data that comes with Python (text) or scikit-learn (digits)."""
-    if name not in DEMOS:
-        raise InputError(f"no demo called {name!r}", fix=nearest(name, DEMOS))
-    if target is not None and name != "text":
-        raise InputError("--target goes with the text demo only", fix="drop it")
-    changes = [*(QUICK[name] if quick else []), *([f"target.builtin='{target}'"] if target else []), *(sets or [])]
-    study = _demo(name, changes)
-    folder = out or Path("runs") / (study.name + (f"-{target}" if target else "") + ("-quick" if quick else ""))
+    from assay import demos
+
+    study = demos.study(name, sets or [], quick=quick, every=every, target=target)
+    parts = (study.name, target, "every" if every else None, "quick" if quick else None)
+    folder = out or Path("runs") / "-".join(part for part in parts if part)
     _run(study, folder, json_, quiet, workers, replace)
 
 
@@ -393,17 +386,10 @@ def _study(name: str, changes: list[str]) -> Any:
     from assay import study as studies
 
     if name.startswith("demo:"):
-        demo_name = name.removeprefix("demo:")
-        if demo_name not in DEMOS:
-            raise InputError(f"no demo called {demo_name!r}", fix=nearest(demo_name, DEMOS))
-        return _demo(demo_name, changes)
+        from assay import demos
+
+        return demos.study(name.removeprefix("demo:"), changes)
     return studies.load(Path(name), changes)
-
-
-def _demo(name: str, changes: list[str]) -> Any:
-    from assay import study as studies
-
-    return studies.load(Path(__file__).parent / "demos" / f"{name}.toml", changes)
 
 
 @contextlib.contextmanager

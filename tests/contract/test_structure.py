@@ -23,7 +23,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Imports point right only: from a layer to one below it, or to its own where OWN says so.
 LAYERS = [
-    ("cli",), ("terminal", "template", "doctor", "plan"), ("report",), ("bench",), ("trust",), ("job", "store"),
+    ("cli",), ("terminal", "template", "doctor", "plan", "demos"), ("report",), ("bench",), ("trust",),
+    ("job", "store"),
     ("summary", "card", "proxies", "tasks", "ship"),
     ("verify",), ("measure",), ("study",), ("specs",), ("features", "scorers", "selectors", "ordering", "filters"),
     ("train", "data"),
@@ -253,7 +254,7 @@ def test_public_names() -> None:
 # The command line: a change here is a change of the interface.
 COMMON = ["--json", "--out", "--quiet/-q", "--replace", "--set", "--workers"]
 COMMANDS = {
-    "demo": ["NAME", *COMMON, "--quick", "--target"],
+    "demo": ["NAME", *COMMON, "--every", "--quick", "--target"],
     "doctor": ["--json"],
     "export": ["RUN", "--arm", "--out", "--to"],
     "featurize": [

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_limits
 
 from assay.core.errors import InputError
+from assay.engine.packing import Packed, pack, unpack
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,7 +47,9 @@ def map(fn: Callable[[Any, T], R], state: Any, items: Sequence[T], *, workers: i
         yield from _serial(fn, state, items)
         return
     context = _context()
-    pool = ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_begin, initargs=(fn, state))
+    pool = ProcessPoolExecutor(
+        min(workers, len(items)), mp_context=context, initializer=_begin, initargs=(fn, pack(state))
+    )
     try:
         yield from _in_order(pool, items, 2 * workers)
     except BrokenProcessPool as error:
@@ -103,12 +106,12 @@ def _context(modules: Sequence[str] = ()) -> Any:
 _worker: dict[str, Any] = {}  # set once in each worker process by `_begin`; never in the main process
 
 
-def _begin(fn: Callable[[Any, Any], Any], state: Any) -> None:
+def _begin(fn: Callable[[Any, Any], Any], state: Packed) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _one_thread()
     _keep_memory()
-    _worker.update(fn=fn, state=state)
+    _worker.update(fn=fn, state=unpack(state))
     threading.Thread(target=_watch, daemon=True).start()
 
 
