@@ -299,7 +299,7 @@ def test_embeddings_pairs_are_judged_by_either_of_the_two(parts):
     pair = np.array([0, 1, 2, 0, 1, 2, -1, -1])
     dropped = np.array([1, 0, 0, 1, 1, 0, 1, 0], dtype=bool)
     found, precision = parts("embeddings").judged(dropped, pair, 3)
-    assert found.tolist() == [True, True, False] and precision == 0.75
+    assert found.tolist() == [True, True, False] and precision == 0.5
 
 
 def test_a_mixture_has_equal_parts_and_any_one_domain_would_fill_the_budget(parts, tmp_path):
@@ -319,3 +319,29 @@ def test_a_mixture_has_equal_parts_and_any_one_domain_would_fill_the_budget(part
     seen = [set(part.ids.tolist()) for part in (world.pool, world.selecting, world.judging)]
     assert sum(map(len, seen)) == len(set.union(*seen)), "no document is in two of them"
     assert {f"only-{domain}" for domain in descent.MIXED} < set(world.nulls) < set(world.arms)
+
+
+def test_the_second_of_a_pair_is_no_right_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks.parts import embeddings
+
+    pair = np.array([0, 1, 0, 1, -1, -1])
+    for dropped, found, precision in (
+        ([0, 2], [True, False], 0.5), ([0, 1], [True, True], 1.0), ([0, 2, 1, 4], [True, True], 0.5),
+        ([4], [False, False], 0.0),
+    ):  # fmt: skip
+        pairs, share = embeddings.judged(np.isin(np.arange(6), dropped), pair, 2)
+        assert pairs.tolist() == found and share == precision
+        assert embeddings.precisions(np.array(dropped), pair)[-1] == precision
+
+
+def test_false_drops_are_those_of_text_that_the_bound_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks.parts import classify
+
+    fit = np.arange(1000.0)
+    assert classify.outside(fit, fit)["perplexity"].mean() == pytest.approx(classify.FALSE)
+    assert classify.outside(fit, fit)["perplexity, both sides"].mean() == pytest.approx(classify.FALSE)
+    other = fit + 40
+    assert classify.outside(fit, other)["perplexity"].mean() == pytest.approx(0.05)
+    assert classify.outside(fit, other)["perplexity, both sides"].mean() == pytest.approx(0.045)

@@ -6,8 +6,9 @@
 and has scored a few documents before the clock starts; turn about with datatrove's fastText filter, on the same
 documents and the same .bin of 100 numbers a word and two million buckets. What assay makes of that .bin once, a number
 a word, is a .bin too, so datatrove is also timed with it: what is left then is not the model. `garbled`, `noise` and
-`spam`: recall of each kind where 1% of clean text held out is dropped, by the loss of a small decoder that was trained
-on other clean text; on the side of high loss, and on both sides at half a percent each.
+`spam`: recall of each kind by the loss of a small decoder that was trained on clean text; on the side of high loss, and
+on both sides at half a percent each. The bound drops 1% of other clean text; `false_drops` is its share of clean text
+that neither the decoder nor the bound has seen.
 """
 
 from __future__ import annotations
@@ -169,8 +170,15 @@ def speed(folder: Path, texts: list[str], domains: list[str], quick: bool, pytho
 # What perplexity finds.
 
 
+def outside(fit: np.ndarray, losses: np.ndarray) -> dict[str, np.ndarray]:
+    """Which losses each bound drops; the bounds drop `FALSE` of `fit`."""
+    high = np.quantile(fit, 1 - FALSE)
+    lowest, highest = np.quantile(fit, [FALSE / 2, 1 - FALSE / 2])
+    return {"perplexity": losses > high, "perplexity, both sides": (losses < lowest) | (losses > highest)}
+
+
 def defects(folder: Path, texts: list[str], table: Any, quick: bool) -> list[Row]:
-    """Recall at 1% false drops, by kind."""
+    """Recall where a bound drops 1% of the clean text that it was made on, by kind."""
     import torch
 
     from assay.core.pool import Pool
@@ -202,20 +210,15 @@ def defects(folder: Path, texts: list[str], table: Any, quick: bool) -> list[Row
     params = loop.train(task, encoded["learn"], np.arange(learn), everything, recipe).params
     loss = {name: loop.evaluate(task, params, encoded[name])["loss"] for name in ("clean", "bad")}
     seconds = time.perf_counter() - start
-    high, (lowest, highest) = (
-        np.quantile(loss["clean"], 1 - FALSE),
-        np.quantile(loss["clean"], [FALSE / 2, 1 - FALSE / 2]),
-    )
-    dropped = {
-        "perplexity": loss["bad"] > high,
-        "perplexity, both sides": (loss["bad"] < lowest) | (loss["bad"] > highest),
-    }
+    half = clean // 2
+    dropped = outside(loss["clean"][:half], loss["bad"])
+    false = {method: float(gone.mean()) for method, gone in outside(loss["clean"][:half], loss["clean"][half:]).items()}
     kinds = np.array([(known["defect"][i], known["kind"][i]) for i in wanted])
     found = []
     for method, gone in dropped.items():
         for defect in ("garbled", "noise", "spam"):
             here = kinds[:, 0] == defect
-            about = {"false_drops": FALSE, "steps": recipe.steps, "clean": clean}
+            about = {"false_drops": false[method], "steps": recipe.steps, "clean": clean - half}
             found.append(row(defect, method, "recall", gone[here].mean(), seconds, rows=int(here.sum()), **about))
             for kind in sorted(set(kinds[here, 1].tolist())):
                 own = here & (kinds[:, 1] == kind)

@@ -313,11 +313,7 @@ SHOWN = ("expected", "sd", "within_3_sd", "pairs", "removed", "planted", "cpu_se
 
 def show(found: list[Row]) -> None:
     for r in found:
-        more = {
-            k: v
-            for k, v in r.items()
-            if k in ("expected", "sd", "within_3_sd", "pairs", "removed", "planted", "cpu_seconds")
-        }
+        more = {k: v for k, v in r.items() if k in SHOWN}
         said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items())
         print(f"{r['case']:<38} {r['tool']:<18} {r['method']:<30} {r['metric']:<16} {r['value']:>14,.4f}   {said}")
 

@@ -7,10 +7,10 @@ iterations and threads are the same for all, contestants take turns. Processor s
 Plain numpy makes each cluster's whole matrix of cosines.
 
 Near duplicates: documents of `domains` with those of its defects that are near copies of them. A pair is found when one
-of the two is dropped; what else is dropped is wrong. Features: hashed words and pairs of words (scikit-learn), mean
-hidden states of the built-in decoder after a short training, and all-MiniLM-L6-v2 where its package is installed; the
-last two on a part of the documents. `recall_at_precision_95`: at the eps, found afterwards, that drops most with at
-least 95% of the drops right. Which eps that is differs from one embedding to another.
+of the two is dropped; what else is dropped, the other of the two as well, is wrong. Features: hashed words and pairs of
+words (scikit-learn), mean hidden states of the built-in decoder after a short training, and all-MiniLM-L6-v2 where its
+package is installed; the last two on a part of the documents. `recall_at_precision_95`: at the eps, found afterwards,
+that drops most with at least 95% of the drops right. Which eps that is differs from one embedding to another.
 """
 
 from __future__ import annotations
@@ -263,10 +263,17 @@ def minilm(texts: list[str]) -> np.ndarray | None:
 
 
 def judged(dropped: np.ndarray, pair: np.ndarray, count: int) -> tuple[np.ndarray, float]:
-    """Which pairs were found, and the share of what was dropped that is one of a pair."""
+    """Which pairs were found, and the share of what was dropped that was right: one of each pair, not both."""
     found = np.zeros(count, dtype=bool)
     found[pair[dropped & (pair >= 0)]] = True
-    return found, float((pair[dropped] >= 0).mean()) if dropped.any() else 1.0
+    return found, float(found.sum() / dropped.sum()) if dropped.any() else 1.0
+
+
+def precisions(order: np.ndarray, pair: np.ndarray) -> np.ndarray:
+    """The share that was right of the first k drops in this order, for each k."""
+    first = np.zeros(len(order), dtype=bool)
+    first[np.unique(pair[order], return_index=True)[1]] = True
+    return np.cumsum(first & (pair[order] >= 0)) / np.arange(1, len(order) + 1)
 
 
 def near(case: str, features: str, x: np.ndarray, pair: np.ndarray, jaccard: np.ndarray) -> list[Row]:
@@ -286,7 +293,7 @@ def near(case: str, features: str, x: np.ndarray, pair: np.ndarray, jaccard: np.
             add(f"{name}, eps {eps:g}", "recall, Jaccard over .7", float(pairs[jaccard >= 0.7].mean()), seconds)
             add(f"{name}, eps {eps:g}", "precision", precision, seconds)
         order = np.argsort(score, kind="stable")
-        right = np.cumsum(pair[order] >= 0) / np.arange(1, len(order) + 1)
+        right = precisions(order, pair)
         most = int(np.flatnonzero(right >= PRECISION).max(initial=-1)) + 1
         dropped = np.isin(np.arange(len(order)), order[:most])
         add(name, "recall_at_precision_95", float(judged(dropped, pair, len(jaccard))[0].mean()), seconds)

@@ -107,6 +107,24 @@ def test_the_quantile_counts_what_is_strictly_below(tmp_path: Path) -> None:
     assert set(np.round(values[:, 1], 6).tolist()) == {0.0, 0.5}
 
 
+def test_the_share_that_ties_really_leave_is_noted(tmp_path: Path) -> None:
+    """Of texts that all have one length the preset keeps none, and a warning says so; of two lengths the better one."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS[10:], 6).tolist()) for _ in range(100)]
+    at = measurer(tmp_path / "one", texts, [f"{t} " * 8 for t in texts[:40]])
+    options = {**QUICK, "features": "length"}
+    table = at.table(make(Scorer, options))
+    assert not (table.column("quantile") >= 0.9).any()
+    assert table.meta["notes"]["threshold of fasttext"]["kept"] == 0
+    assert any("the preset 'top' keeps nothing: 100.0% of the pool" in w for w in at.warnings)
+    long = [f"{t} " * 8 for t in texts[:6]]
+    at = measurer(tmp_path / "two", texts + long, [f"{t} " * 8 for t in texts[10:50]])
+    table = at.table(make(Scorer, options))
+    noted = table.meta["notes"]["threshold of fasttext"]
+    assert noted["kept"] == (table.column("quantile") >= 0.9).mean() == 6 / 106
+    assert "keep 5.7% of the pool, where 10.0% was asked for" in noted["detail"] and not at.warnings
+
+
 def test_t_b3_the_best_are_those_of_the_likelihood_ratio(mixed: tuple[list[str], list[str]], tmp_path: Path) -> None:
     """T-b3, Neyman-Pearson: for two unigram models the order is that of the log-likelihood ratio, Spearman >= .95,
     and so is the set of the top tenth."""

@@ -84,3 +84,15 @@ def test_it_reads_the_scoring_model_and_a_shift_changes_nothing(tmp_path: Path) 
     assert (np.argsort(-made.column("score"), kind="stable") == np.argsort(-loss, kind="stable")).all()
     found = [placed(tmp_path / str(c), [x + c for x in (3.0, 1.0, 7.0)])[1].column("quantile") for c in (0.0, 5.0)]
     assert (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize("losses", [[*range(10)], [0, 1, 1, 1, 1, 2, 2, 3, 4], [5, 5, 5], [1, 2], [7], [*range(300)]])
+def test_the_thresholds_that_are_noted_are_those_of_the_presets(tmp_path: Path, losses: list[float]) -> None:
+    method, table = placed(tmp_path, [float(x) for x in losses[::-1]])
+    noted, loss, quantile = table.meta["notes"]["thirds of the pool by loss"], table.column("loss"), table.column(
+        "quantile"
+    )  # fmt: skip
+    (_, head), (tail, _) = (method.presets[name]["quantile"] for name in ("head", "tail"))
+    assert head is not None and tail is not None
+    np.testing.assert_array_equal(loss <= noted["head"], quantile <= head)
+    np.testing.assert_array_equal(loss > noted["tail"], quantile >= tail)

@@ -57,11 +57,12 @@ class Perplexity(Scorer):
     def init(self, context: Context) -> np.ndarray:
         losses = np.sort(-context.table(self.of).values[:, 0])
         marks = losses[np.minimum(np.arange(101) * len(losses) // 100, len(losses) - 1)]
-        thirds = marks[[33, 67]]
+        # What the presets cut at: a third of the pool is lower than what follows the first, two thirds than the tail.
+        head, middle = (float(losses[i]) for i in (len(losses) // 3, -(-2 * len(losses) // 3) - 1))
         context.note(
             "thirds of the pool by loss",
-            f"head up to {thirds[0]:.4f}, tail from {thirds[1]:.4f} {self.of.unit.removeprefix('minus ')}",
-            percentiles=marks.tolist(),
+            f"head up to {head:.4f}, tail above {middle:.4f} {self.of.unit.removeprefix('minus ')}",
+            head=head, tail=middle, percentiles=marks.tolist(),
         )  # fmt: skip
         return losses
 
