@@ -126,7 +126,6 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import helpers
 from assay.engine import local
-from assay.engine.packing import ALIGNMENT, pack, unpack
 if __name__ == "__main__":
     for _ in local.map(helpers.note_pid, sys.argv[2], list(range(6)), workers=2):
         print("one", flush=True)
