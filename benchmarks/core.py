@@ -31,6 +31,14 @@ def row(bench: str, case: str, method: str, metric: str, values: np.ndarray, sec
     }  # fmt: skip
 
 
+def written(rows: list[Row], file: Path | None) -> None:
+    """Print the rows as one JSON object, the last line of a benchmark; and write it to `file`, if there is one."""
+    text = json.dumps({"rows": rows})
+    if file:
+        file.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
 def take_turns(contestants: dict[str, Turn], turns: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Seconds a unit of each contestant, by turn, and seconds in all; each `Turn` returns how many units it did."""
     pace: dict[str, list[float]] = {name: [] for name in contestants}
@@ -141,10 +149,7 @@ def main() -> None:
             rows += bench(place, chosen.quick)
     for r in rows:
         print(f"{r['bench']:<8} {r['method']:<22} {r['metric']:<22} {r['value']:>12,.2f}   {r['case']}")
-    text = json.dumps({"rows": rows})
-    if chosen.json:
-        chosen.json.write_text(text + "\n")
-    print(text)
+    written(rows, chosen.json)
 
 
 if __name__ == "__main__":

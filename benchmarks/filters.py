@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.core import Row  # noqa: E402
+from benchmarks.core import Row, written  # noqa: E402
 
 DATA = Path(os.environ.get("ASSAY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PARTS = ("duplicates", "rules", "mixture", "classify", "embeddings")
@@ -83,10 +82,7 @@ def main() -> None:
             failed.append(f"{part}: {type(error).__name__}: {error}")
             print(failed[-1], file=sys.stderr)
     print("\n".join([*table(rows), "", *filter_bars.lines(rows)]))
-    text = json.dumps({"rows": rows})
-    if chosen.json:
-        chosen.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    written(rows, chosen.json)
     if failed:
         sys.exit("\n".join(["these parts failed:", *failed]))
 

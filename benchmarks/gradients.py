@@ -11,7 +11,6 @@ pass. The peers' python is `--peers`, or ASSAY_PEERS; see benchmarks/requirement
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.core import Row  # noqa: E402
+from benchmarks.core import Row, written  # noqa: E402
 
 PARTS = ("engine", "peers", "projection", "r0", "pool")
 
@@ -75,10 +74,7 @@ def main() -> None:
     for r in rows:
         tool = "" if r["tool"] == "assay" else r["tool"]
         print(f"{r['case']:<16} {tool:<16} {r['method']:<36} {r['metric']:<22} {r['value']:>14,.3f}")
-    text = json.dumps({"rows": rows})
-    if chosen.json:
-        chosen.json.write_text(text + "\n")
-    print(text)
+    written(rows, chosen.json)
 
 
 if __name__ == "__main__":

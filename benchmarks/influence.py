@@ -16,7 +16,6 @@ The peers' python is --peers, or ASSAY_PEERS; see requirements-peers.txt. Banks 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.core import Row  # noqa: E402
+from benchmarks.core import Row, written  # noqa: E402
 
 CACHE = Path(__file__).parents[1] / "runs" / "influence"
 
@@ -72,10 +71,7 @@ def table(rows: list[Row]) -> str:
 def finish(rows: list[Row], failed: list[str], file: Path | None, lines: list[str]) -> None:
     """Print the table, further lines and the JSON, which is also written to `file`; exit with what failed."""
     print("\n".join([table(rows), *lines]))
-    text = json.dumps({"rows": rows})
-    if file:
-        file.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    written(rows, file)
     if failed:
         sys.exit("\n".join(["these contestants failed:", *failed]))
 

@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from benchmarks.core import Row, written
 
 from . import peers
 
-Row = dict[str, Any]
 DATA = Path(os.environ.get("ASSAY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SCRIPT = peers.SCRIPTS / "classify_datatrove.py"
 DATATROVE = peers.Peer("datatrove", "datatrove.pipeline.filters", lambda *_: [], lambda _: np.zeros(0), "")
@@ -243,10 +243,7 @@ def main() -> None:
         name = f"{r['method']}{' ' + r['kind'] if 'kind' in r else ''}"
         alone = f"   {r['docs_per_cpu_second']:>12,.1f} a CPU second" if "docs_per_cpu_second" in r else ""
         print(f"{r['case']:<8} {r['tool']:<16} {name:<56} {r['metric']:<16} {r['value']:>12,.3f}{alone}")
-    text = json.dumps({"rows": found})
-    if chosen.json:
-        chosen.json.write_text(text + "\n")
-    print(text)
+    written(found, chosen.json)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+from benchmarks.core import Row, written
 
 from . import peers
 from .pool_size import watched
 
-Row = dict[str, Any]
 pc: Any = pyarrow.compute  # its functions are made at run time, where type checkers do not see them
 DATA = Path(os.environ.get("ASSAY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ONE, PEER = Path(__file__).with_name("dedup_one.py"), Path(__file__).parent / "peer_scripts" / "dedup_datatrove.py"
@@ -330,10 +330,7 @@ def main() -> None:
         parser.error(f"no documents at {chosen.data / 'domains'}: name the folder with --data or ASSAY_DATA")
     found = rows(chosen.data, chosen.quick, chosen.peers, chosen.threads)
     show(found)
-    text = json.dumps({"rows": found})
-    if chosen.json:
-        chosen.json.write_text(text + "\n")
-    print(text)
+    written(found, chosen.json)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from benchmarks.core import Row, row
+from benchmarks.core import Row, row, written
 from benchmarks.parts import peers
 
 BATCH = 1024  # rows of a shard, as the measuring driver hands them to a method of text
@@ -347,10 +347,7 @@ def main() -> None:
         sys.exit(f"there is no {chosen.data / 'defects.parquet'}: name the folder with --data, or set ASSAY_DATA")
     found = rows(chosen.data, chosen.quick, chosen.peers, chosen.threads)
     print("\n".join(table(found)))
-    text = json.dumps({"rows": found})
-    if chosen.json:
-        chosen.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    written(found, chosen.json)
 
 
 if __name__ == "__main__":

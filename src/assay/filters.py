@@ -18,6 +18,7 @@ import numpy as np
 from assay.core.errors import InputError, nearest
 from assay.core.keys import canonical, hash_ids
 from assay.core.method import Bounds, Method, Scorer, make
+from assay.core.selection import outside
 from assay.core.table import Table
 
 GATE = "contains a target item"
@@ -63,12 +64,11 @@ class Filter:
             return {f"not among the best {100 * self.keep:g}%": here & ~self._best(table, here)}
         found, left = {}, here.copy()
         for name, (low, high) in self.bounds.items():
-            x = table.column(name)
-            outside = left & ((x < (-np.inf if low is None else low)) | (x > (np.inf if high is None else high)))
+            falls = left & outside(table.column(name), low, high)
             if self.method.group and name == table.columns[0]:
-                outside &= ~self._heirs(table, left)
-            found[_told(name, low, high)] = outside
-            left &= ~outside
+                falls &= ~self._heirs(table, left)
+            found[_told(name, low, high)] = falls
+            left &= ~falls
         return found
 
     def _best(self, table: Table, here: np.ndarray) -> np.ndarray:

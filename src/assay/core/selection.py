@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from assay.core.errors import InputError
 from assay.core.keys import decode_ids, digest, encode_ids, write_json
+from assay.core.table import Table
 
 
 @dataclass(frozen=True)
@@ -123,3 +124,29 @@ class Selection:
         groups = {reason: ids[why == reason] for reason in about["dropped"]}
         weights = table["weight"].to_numpy().astype(np.float64)
         return cls(encode_ids(table["id"].to_pylist()), weights, groups, about["ordered"], about["meta"])
+
+
+def outside(values: np.ndarray, low: float | None, high: float | None) -> np.ndarray:
+    """Which values are below `low` or above `high`, `[n]` bool; None is no bound.
+
+    >>> outside(np.array([1.0, 2.0, 3.0]), 2.0, None).tolist()
+    [True, False, False]
+    """
+    return (values < (-np.inf if low is None else low)) | (values > (np.inf if high is None else high))
+
+
+def refused(
+    scores: Table, barred: Mapping[str, np.ndarray], bounds: Mapping[str, tuple[float | None, float | None]]
+) -> np.ndarray:
+    """Why a row of scores may not be chosen, `[n]` of str: barred first, then the first bound it breaks; else empty."""
+    reason = np.full(len(scores), "", dtype=object)
+    for name, ids in barred.items():
+        reason[np.isin(scores.ids, ids)] = name
+    for name, (low, high) in bounds.items():
+        reason[outside(scores.column(name), low, high) & (reason == "")] = f"{name} outside [{low}, {high}]"
+    return reason
+
+
+def by_reason(ids: np.ndarray, reason: np.ndarray) -> dict[str, np.ndarray]:
+    """Ids under each reason that is not empty, the reasons sorted."""
+    return {str(r): ids[reason == r] for r in sorted(set(reason.tolist()) - {""})}

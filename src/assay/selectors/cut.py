@@ -11,7 +11,7 @@ import numpy as np
 from assay.core.errors import InputError
 from assay.core.keys import hash_ids, uniform
 from assay.core.method import NonNegative, Selector
-from assay.core.selection import Budget, Selection
+from assay.core.selection import Budget, Selection, by_reason, refused
 from assay.core.table import Table
 
 
@@ -43,17 +43,11 @@ class Cut(Selector):
             raise InputError(
                 f"scores have NaN or infinity, first at id {bad!r}", fix="mend the scorer: a rank needs numbers"
             )
-        reason = np.full(len(scores), "", dtype=object)
-        for name, ids in barred.items():
-            reason[np.isin(scores.ids, ids)] = name
-        for name, (low, high) in self.bounds.items():
-            x = scores.column(name)
-            outside = (x < (-np.inf if low is None else low)) | (x > (np.inf if high is None else high))
-            reason[outside & (reason == "")] = f"{name} outside [{low}, {high}]"
+        reason = refused(scores, barred, self.bounds)
         free = np.flatnonzero(reason == "")
         chosen = self._fill(scores.ids, self._keys(scores.ids, values), sizes, budget, free)
         reason[np.setdiff1d(free, chosen)] = "below the cut"
-        dropped = {str(r): scores.ids[reason == r] for r in sorted(set(reason.tolist()) - {""})}
+        dropped = by_reason(scores.ids, reason)
         used = int(sizes[chosen].sum())
         meta: dict[str, Any] = {"column": column, "budget": budget.amount, "unit": budget.unit, "terms": used}
         return Selection(scores.ids[chosen], np.ones(len(chosen)), dropped, meta=meta)

@@ -11,7 +11,7 @@ import numpy as np
 from assay.core.errors import InputError
 from assay.core.keys import hash_ids
 from assay.core.method import NonNegative, Positive, Selector
-from assay.core.selection import Budget, Selection
+from assay.core.selection import Budget, Selection, by_reason, refused
 from assay.core.table import Table
 
 
@@ -46,13 +46,7 @@ class Density(Selector):
                 )  # fmt: skip
             if not np.isfinite(scores.column(name)).all():
                 raise InputError(f"column {name!r} has NaN or infinity", fix="mend the scorer")
-        reason = np.full(len(scores), "", dtype=object)
-        for name, ids in barred.items():
-            reason[np.isin(scores.ids, ids)] = name
-        for name, (low, high) in self.bounds.items():
-            x = scores.column(name)
-            outside = (x < (-np.inf if low is None else low)) | (x > (np.inf if high is None else high))
-            reason[outside & (reason == "")] = f"{name} outside [{low}, {high}]"
+        reason = refused(scores, barred, self.bounds)
         free = np.flatnonzero(reason == "")
         # Best first, whatever the cluster.
         values = scores.column(self.column)[free]
@@ -60,7 +54,7 @@ class Density(Selector):
         costs = np.ones(len(scores), dtype=np.int64) if budget.unit == "examples" else sizes
         chosen, shares = self._filled(scores, costs, budget.amount, free)
         reason[np.setdiff1d(free, chosen)] = "outside its cluster's share"
-        dropped = {str(r): scores.ids[reason == r] for r in sorted(set(reason.tolist()) - {""})}
+        dropped = by_reason(scores.ids, reason)
         meta: dict[str, Any] = {
             "column": self.column, "budget": budget.amount, "unit": budget.unit, "terms": int(sizes[chosen].sum()),
             "clusters": len(shares), "shares": [int(min(shares, default=0)), int(max(shares, default=0))],

@@ -20,7 +20,7 @@ from assay.core.errors import InputError
 from assay.core.keys import hash_ids
 from assay.core.pool import Pool
 from assay.train.loop import blocks
-from assay.train.pretrained import first_line, folder_of, library, quiet, tensor_files
+from assay.train.pretrained import config_of, first_line, folder_of, library, quiet, tensor_files
 
 Pooling = Literal["mean", "position", "first"]
 # Padded tokens of one pass, and texts that stand for a pool where its work is counted.
@@ -49,25 +49,11 @@ class TextEncoder:
 
     @cached_property
     def config(self) -> Any:
-        try:
-            config = library("transformers").AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                "transformers cannot read this config", where=self.folder, why=first_line(error),
-                fix="use an architecture that transformers has itself: code that comes with a model is never run",
-            ) from error  # fmt: skip
+        config = config_of(self.folder, self.context)
         if getattr(config, "is_encoder_decoder", False):
             raise InputError(
                 f"a {config.model_type} model has an encoder and a decoder", where=self.folder,
                 why="it has no hidden states of a text alone", fix="give an encoder, such as BERT, or a decoder",
-            )  # fmt: skip
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and self.context > longest:
-            raise InputError(
-                f"context = {self.context}", where=self.folder, why=f"the model has {longest} positions",
-                fix=f"set context to at most {longest}",
             )  # fmt: skip
         return config
 

@@ -29,6 +29,7 @@ from assay.train.pretrained import (
     Form,
     build,
     check_causal,
+    config_of,
     core_of,
     first_line,
     folder_of,
@@ -104,23 +105,11 @@ class _Pretrained(Task):
     @cached_property
     def config(self) -> Any:
         """transformers' own config; `use_cache` is off."""
-        transformers = library("transformers")
+        library("transformers")  # a missing package is told before a missing file
         if not (self.folder / "config.json").exists():
             raise InputError("no config.json here", where=self.folder, fix="give the folder that save_pretrained wrote")
-        try:
-            config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        except Exception as error:
-            raise InputError(
-                "transformers cannot read this config", where=self.folder, why=first_line(error),
-                fix="use an architecture that transformers has itself: code that comes with a model is never run",
-            ) from error  # fmt: skip
+        config = config_of(self.folder, self.context)
         config.use_cache, config.return_dict = False, True
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and self.context > longest:
-            raise InputError(
-                f"context = {self.context}", where=self.folder, why=f"the model has {longest} positions",
-                fix=f"set context to at most {longest}",
-            )  # fmt: skip
         return config
 
     @cached_property

@@ -93,6 +93,26 @@ class Form(NamedTuple):
     the gradients of its examples up before they can be told apart."""
 
 
+def config_of(folder: Path, context: int) -> Any:
+    """transformers' own config of a folder. Raises `InputError` for one that it cannot read, or of fewer positions than
+    `context`."""
+    transformers = library("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(
+            "transformers cannot read this config", where=folder, why=first_line(error),
+            fix="use an architecture that transformers has itself: code that comes with a model is never run",
+        ) from error  # fmt: skip
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and context > longest:
+        raise InputError(
+            f"context = {context}", where=folder, why=f"the model has {longest} positions",
+            fix=f"set context to at most {longest}",
+        )  # fmt: skip
+    return config
+
+
 def core_of(module: nn.Module) -> nn.Module:
     """The transformers model, below an adapter's wrapper."""
     return module.get_base_model() if hasattr(module, "peft_config") else module  # type: ignore[operator]
