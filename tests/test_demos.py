@@ -31,7 +31,7 @@ def test_every_method_of_text_is_an_arm_of_the_demo_or_says_why_not():
     # Those that are no arms: they train for long, are of few weights, need a file, a model or vectors, or have a twin.
     aside = {
         "metagrad", "mgd", "datamodel", "source", "tuned", "relatif", "self_influence", "self_trak", "ask_llm",
-        "verdict", "less", "semdedup", "prototypes",
+        "memorization", "verdict", "less", "semdedup", "prototypes",
     }  # fmt: skip
     used = set()
     for arm in demos.study("text", [], every=True).arms:

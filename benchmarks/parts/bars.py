@@ -12,7 +12,8 @@ FLOORS = [
     ("R0", "exact", "lds_avg", 0.73), ("R0", "cg", "lds_avg", 0.73), ("R0", "ekfac", "lds_avg", 0.70),
     ("R0", "trak-1", "lds_avg", 0.58), ("R0", "trak-5", "lds_avg", 0.63), ("R0", "graddot", "lds_avg", 0.40),
     ("R1", "cg", "lds_avg", 0.76), ("R1", "trak-10", "lds_avg", 0.62), ("R2", "trak-10", "lds_avg", 0.40),
-    ("R2", "trak-self", "auc", 0.97), ("bank-R0", "bank", "speedup_over_loop", 6.0),
+    ("R2", "trak-self", "auc", 0.97), ("R2", "memorization", "auc", 0.97),
+    ("bank-R0", "bank", "speedup_over_loop", 6.0),
 ]  # fmt: skip
 # how many times as fast as the fastest peer of that method
 FASTER = [("R0", "cg", 5.0)] + [

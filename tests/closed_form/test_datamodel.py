@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = {"steps": 8, "terms_per_step": 10, "lr": 0.3, "optimiser": "sgd", "clip": 0.0}
 
 
-def options(**changes: Any) -> Any:
-    return make(Scorer, {"name": "datamodel", "recipe": RECIPE, **changes})
+def options(name: str = "datamodel", **changes: Any) -> Any:
+    return make(Scorer, {"name": name, "recipe": RECIPE, **changes})
 
 
 def planted(count: int, n: int, q: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -75,8 +75,8 @@ def test_the_lasso_meets_its_conditions_and_finds_the_few():
 
 
 class World:
-    def __init__(self, folder: Path) -> None:
-        self.task, self.folder = Classifier(inputs=5, classes=3), folder
+    def __init__(self, folder: Path, method: str = "datamodel") -> None:
+        self.task, self.folder, self.method = Classifier(inputs=5, classes=3), folder, method
         self.pool, self.target = vector_pool(24), vector_pool(6, seed=1)
 
     def table(self, name: str, pool: Pool | None = None, **changes: Any) -> Any:
@@ -88,7 +88,8 @@ class World:
         run = Run.open(self.folder / name, {"name": name})
         run.close()
         given = {k: changes.pop(k) for k in ("barred", "seed", "recipe") if k in changes}
-        scorer = options(**changes) if "recipe" not in given else dataclasses.replace(options(**changes), recipe=None)
+        scorer = options(self.method, **changes)
+        scorer = dataclasses.replace(scorer, recipe=None) if "recipe" in given else scorer
         measurer = Measurer(run, pool, self.target, task=self.task, models=[], encodings=encodings, key="none", **given)
         cost = json.loads((measurer.path(scorer, pool) / "cost.json").read_text())
         return measurer.table(scorer), cost["flops"], scorer

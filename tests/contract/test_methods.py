@@ -41,6 +41,7 @@ VECTORS = {
     "relatif": "it holds the two above",
     "column": "a text is no vector",
     "datamodel": "hundreds of trainings are a matter of a second for a few weights alone",
+    "memorization": "as the datamodel",
 }
 # Options of methods that the worlds below cannot serve at their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -52,6 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "less": {"epochs": 1, "terms_per_step": 256},  # quick
     "tuned": {"grid": {"damping": [0.1, 1.0]}, "groups": 4, "steps": 2},  # quick
     "datamodel": {"subsets": 150, "recipe": {"steps": 12, "terms_per_step": 16, "lr": 0.1, "optimiser": "sgd"}},
+    "memorization": {"recipe": {"steps": 12, "terms_per_step": 16, "lr": 0.1, "optimiser": "sgd"}},
     "metagrad": {"recipe": {"steps": 12, "terms_per_step": 256, "lr": 1e-2}},
     "mgd": {"recipe": {"steps": 12, "terms_per_step": 256, "lr": 1e-2}, "metasteps": 2, "rate": 0.7, "share": 0.4},
 }
