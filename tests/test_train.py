@@ -434,6 +434,14 @@ def test_init_is_keyed_by_name():
         a["layers.0.weight"], init_params(Classifier(inputs=5, hidden=(4,)).module, 1)["layers.0.weight"]
     )
     assert (a["layers.0.bias"] == 0).all()
+    wide = Classifier(inputs=100, hidden=(400,), classes=3, first="uniform")
+    drawn = init_params(wide.module, 0)
+    for name, fan in (("layers.0.weight", 100), ("layers.0.bias", 100), ("layers.1.weight", 400)):
+        scaled = drawn[name].double() * fan**0.5
+        assert scaled.abs().max() < 1 and abs(float(scaled.square().mean()) - 1 / 3) < 0.05, name
+    assert init_params(wide.module, 1)["layers.0.weight"][0, 0] != drawn["layers.0.weight"][0, 0]
+    assert wide.describe()["first"] == "uniform" and "first" not in Classifier(inputs=5).describe()
+
     norms = init_params(nn.ModuleDict({"norm": nn.LayerNorm(4)}), 0)
     assert norms["norm.weight"].tolist() == [1.0] * 4 and norms["norm.bias"].tolist() == [0.0] * 4
 

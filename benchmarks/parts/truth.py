@@ -5,10 +5,10 @@ R0  1000 of scikit-learn's digits, 300 targets (keyed split), a 64-64-10 GELU pe
     weights of 0 and 1, so that halves of a seed share first weights and batches.
 R1  5000 images of 28 x 28, 200 targets, logistic regression, SGD .01, batches of 32, 20 epochs; loss; 100 halves,
     each trained alone (Deng et al. 2024, arXiv:2410.04555, on Fashion-MNIST unless MNIST's files are given; pixels
-    are moved to mean 0 and standard deviation 1).
+    are moved to mean 0 and standard deviation 1, and first weights are PyTorch's own, as published).
 R2  the same, 100 targets, with a 784-128-64-10 ReLU perceptron, dropout .1, SGD .01 with momentum .9, batches of 64,
     50 epochs.
-R2-10, R2-50  R2 without dropout, for 10 and 50 epochs, 32 targets, 50 halves as data weights of one seed.
+R2-10, R2-50  R2 without dropout, for 10 and 50 epochs, 64 targets, 50 halves as data weights of one seed.
 R3  512 documents of 64 tokens of many domains, 64 targets, a decoder of 2 layers and width 64, AdamW 2e-3 with the
     eps_root that metagradients need (so that they and the bank are of one training), batches of 32, 4 epochs; loss; 100
     halves as data weights.
@@ -158,7 +158,7 @@ def pictures(case: str, folder: Path, quick: bool, images: Path, flip: float) ->
     from assay.data.images import labelled_images
     from assay.train.models import Classifier
 
-    asked = {"R1": 200, "R2": 100}.get(case, 32)
+    asked = {"R1": 200, "R2": 100}.get(case, 64)
     count, asked = (1000, 60) if quick else (5000, asked)
     own, tests, truth, _ = labelled_images(images, size=count, count=asked, take="first", flip=flip)
     pool, targets = Pool.from_columns(own), Pool.from_columns(tests)
@@ -166,11 +166,13 @@ def pictures(case: str, folder: Path, quick: bool, images: Path, flip: float) ->
     inputs = len(own["pixels"][0])
     common: dict[str, Any] = {"schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "clip": 0.0, "lr": 0.01}
     if case == "R1":
-        task = Classifier(inputs=inputs, classes=10)
+        task = Classifier(inputs=inputs, classes=10, first="uniform")
         batch, epochs, kind = 32, 20, "sgd"
     else:
         dropout = 0.1 if case == "R2" else 0.0
-        task = Classifier(inputs=inputs, hidden=(128, 64), classes=10, activation="relu", dropout=dropout)
+        task = Classifier(
+            inputs=inputs, hidden=(128, 64), classes=10, activation="relu", dropout=dropout, first="uniform"
+        )
         batch, epochs, kind = 64, LONG.get(case, 50), "momentum"
     steps = epochs * math.ceil(count / batch)
     recipe = Recipe(steps=steps // 5 if quick else steps, terms_per_step=batch, optimiser=kind, **common)  # type: ignore[arg-type]

@@ -116,6 +116,9 @@ class TaskSpec(Spec):
     activation: Literal["gelu", "relu"] = "gelu"
     dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
     """Share of each hidden layer that is dropped while training; scoring and evaluation never drop any."""
+    first: Literal["normal", "uniform"] = "normal"
+    """First weights of a perceptron: 'normal', N(0, 1/fan_in) and biases 0; 'uniform', PyTorch's own, a third of that
+    variance, which a metagradient can see further through."""
     shape: tuple[Count, Count, Count] = (3, 32, 32)
     """Channels, height and width of a convnet's images."""
     filters: tuple[Count, ...] = (24, 48, 96)
@@ -128,7 +131,8 @@ class TaskSpec(Spec):
         common = {"classes": self.classes, "activation": self.activation}
         if self.kind == "convnet":
             return ImageClassifier(shape=self.shape, filters=self.filters, **common)
-        return Classifier(inputs=self.inputs, hidden=self.hidden, dropout=self.dropout, **common)
+        own = {"dropout": self.dropout, "first": self.first}
+        return Classifier(inputs=self.inputs, hidden=self.hidden, **own, **common)
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -76,8 +76,11 @@ def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
 
     Gains 1, biases 0, embeddings N(0, .02^2), matrices N(0, 1/fan_in); those that write into the residual
     stream (`out`, `down`) are smaller by sqrt(2 layers), and the readout `head` by a further 1/sqrt(fan_in) down to
-    small logits.
+    small logits. A module whose `first` is 'uniform' has what PyTorch gives linear layers: weights and biases from
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
     """
+    if getattr(module, "first", "") == "uniform":
+        return _uniform(module, seed, dtype)
     depth = len(getattr(module, "blocks", ())) or 1
     values: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
@@ -94,6 +97,16 @@ def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
             scale *= p[0].numel() ** -0.5 if last == "head" else 1.0
             value = draw * scale
         values[name] = value.to(dtype)
+    return values
+
+
+def _uniform(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for name, p in module.named_parameters():
+        weight = module.get_submodule(name.rpartition(".")[0]).weight
+        key = xxhash.xxh3_64_intdigest(canonical([seed, name, "uniform"]).encode()) >> 1
+        draw = torch.rand(p.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+        values[name] = ((2 * draw - 1) * weight[0].numel() ** -0.5).to(dtype)
     return values
 
 
@@ -255,12 +268,14 @@ class Perceptron(nn.Module):
     """Linear layers with GELU or ReLU between; `hidden=()` is multinomial logistic regression."""
 
     def __init__(
-        self, inputs: int, hidden: tuple[int, ...], classes: int, activation: str = "gelu", dropout: float = 0.0
-    ) -> None:
+        self, inputs: int, hidden: tuple[int, ...], classes: int, activation: str = "gelu", dropout: float = 0.0,
+        first: str = "normal",
+    ) -> None:  # fmt: skip
         super().__init__()
         sizes = (inputs, *hidden, classes)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
         self.activation, self.dropout = {"gelu": F.gelu, "relu": F.relu}[activation], dropout
+        self.first = first
 
     def forward(self, x: Tensor, *kept: Tensor) -> Tensor:
         """Logits; with `kept`, one `[b, width]` of zeros and ones for each hidden layer, the others drop out."""
@@ -302,16 +317,22 @@ class Classifier(Task):
     activation: Literal["gelu", "relu"] = "gelu"
     dropout: float = 0.0
     """Share of each hidden layer that is dropped while training; scoring and evaluation never drop any."""
+    first: Literal["normal", "uniform"] = "normal"
+    """First weights: 'normal', N(0, 1/fan_in) and biases 0; 'uniform', PyTorch's own, a third of that variance."""
 
     reduction: ClassVar[str] = "one term an example"
     measure_unit: ClassVar[str] = "nats per example"
 
     @cached_property
     def module(self) -> nn.Module:
-        return Perceptron(self.inputs, self.hidden, self.classes, self.activation, self.dropout)
+        return Perceptron(self.inputs, self.hidden, self.classes, self.activation, self.dropout, self.first)
 
     def describe(self) -> dict[str, Any]:
-        later = {"activation": "gelu", "dropout": 0.0}  # at these values a task keeps the key that it always had
+        later = {
+            "activation": "gelu",
+            "dropout": 0.0,
+            "first": "normal",
+        }  # at these values a task keeps the key that it always had
         fields = {k: v for k, v in asdict(self).items() if v != later.get(k)}
         return {"task": "classifier", **fields, "hidden": list(self.hidden)}
 
