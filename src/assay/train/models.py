@@ -103,7 +103,7 @@ def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
 def _uniform(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
-        weight = module.get_submodule(name.rpartition(".")[0]).weight
+        weight = module.get_parameter(f"{name.rpartition('.')[0]}.weight")
         key = xxhash.xxh3_64_intdigest(canonical([seed, name, "uniform"]).encode()) >> 1
         draw = torch.rand(p.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
         values[name] = ((2 * draw - 1) * weight[0].numel() ** -0.5).to(dtype)
