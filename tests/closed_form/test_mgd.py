@@ -417,6 +417,30 @@ def test_memory_moves_by_a_running_mean(world: World, tmp_path: Path, monkeypatc
     assert (order == np.argsort(np.argsort(held[2]))).all(), "ties fall by the utilities of the best metastep itself"
 
 
+def test_metasteps_that_vary_have_trainings_of_their_own(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    whole = _Descent.seen
+
+    def seen(self: Any, counts: np.ndarray, slow: set[str]) -> _Seen:
+        used.append(self.recipe.seed)
+        return whole(self, counts, slow)
+
+    monkeypatch.setattr(_Descent, "seen", seen)
+    short = {**OPTIONS, "metasteps": 2, "recipe": {**RECIPE, "seed": 3}}
+    one = world.measurer(tmp_path / "one").table(mgd(**short))
+    assert used == [3, 3, 3]
+    varied = world.measurer(tmp_path / "varied").table(mgd(**short, vary=True))
+    assert used[3:] == [403_000, 403_001, 403_002]
+    same = world.measurer(tmp_path / "same").table(
+        mgd(**{**short, "metasteps": 1, "recipe": {**RECIPE, "seed": 403_000}})
+    )
+    rows = [t.meta["notes"]["descent"]["trajectory"] for t in (varied, same, one)]
+    assert rows[0][0] == rows[1][0] != rows[2][0], "the first one is that seed's"
+    assert rows[0][1]["changed"] == rows[1][1]["changed"] and rows[0][1]["select"] != rows[1][1]["select"]
+
+
 class Stopped(Exception):
     pass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # to answer is judged by the error of the moment, and descent goes in circles: with a tenth of the steps 38% of the
 # wrong labels of digits were left after ten metasteps, with a half 7% (LOG.md).
 TAIL = 0.5
+# Seeds of trainings that differ by metastep, away from those of scoring models, of verification and of banks.
+SEEDS = 400_000
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ class Mgd(Scorer):
         counts are kept. The mean of the target alone. What a model has learnt by heart has little left to give, so one
         more copy of it is worth less than one of a stranger, however good both are: with folds = k > 1, k models train
         on the multiset without a k-th of the ids each, and score that k-th, in or out of it alike; losses are means
-        over them. memory = m < 1 moves by the running mean m u_before + (1 - m) u. `check` finite differences of the
-        first metastep, along random directions over all additions that one model scores, are noted beside its
-        derivative
+        over them. memory = m < 1 moves by the running mean m u_before + (1 - m) u; vary = true gives each metastep
+        first weights and an order of its own, so that the mean is one over them too, and what holds for one training
+        alone is not followed. `check` finite differences of the first metastep, along random directions over all
+        additions that one model scores, are noted beside its derivative
     """
 
     start: Scorer | None = None
@@ -79,6 +82,7 @@ class Mgd(Scorer):
     metasteps: Count = 12
     rate: Positive = 0.2
     memory: NonNegative = 0.0
+    vary: bool = False
     tau: Literal["budget", "free"] = "budget"
     most: Annotated[int, pydantic.Field(ge=0)] = 1
     window: Annotated[int, pydantic.Field(ge=0)] = 0
@@ -120,9 +124,9 @@ class Mgd(Scorer):
         utility = np.zeros(len(ids))
         slow = descent.audited(counts)
         for metastep in range(self.metasteps + 1):
-            seen = descent.seen(counts, slow)
+            seen = descent.at(metastep).seen(counts, slow)
             if not metastep and self.check:
-                descent.checked(counts, seen.utility)
+                descent.at(0).checked(counts, seen.utility)
             terms = int(counts @ descent.sizes)
             rows.append({"metastep": metastep, "select": seen.select, "hold": seen.hold, "changed": changed,
                          "terms": terms})  # fmt: skip
@@ -242,6 +246,12 @@ class _Descent:
             )  # fmt: skip
         budget = method.share * float(sizes[free].sum())
         return cls(method, context, recipe, ids, rows, sizes, free, budget, order[held:], order[:held])
+
+    def at(self, metastep: int) -> _Descent:
+        """With the training of a metastep."""
+        if not self.method.vary:
+            return self
+        return replace(self, recipe=self.recipe.with_seed(SEEDS + 1000 * self.recipe.seed + metastep))
 
     def first(self) -> np.ndarray:
         """Counts of the start: the best by its scores, or the first of a keyed draw, while they fit in the budget."""
