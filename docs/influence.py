@@ -1,15 +1,14 @@
 """Writes the tables of docs/influence.md and draws docs/influence.svg from the benchmark's result.
 
-    python docs/influence.py [RESULT.json]
+    python docs/influence.py [RESULT.json ...]
 
-RESULT.json is what `benchmarks/influence.py --json` wrote; the last one is kept as docs/influence.json.
+Each is what `benchmarks/influence.py --json` wrote, of some cases; docs/influence.json keeps the last of every case.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from html import escape
 from pathlib import Path
@@ -131,8 +130,14 @@ def _labels(points: list[tuple[float, float, Row]]) -> list[str]:
 
 
 def main() -> None:
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "influence.json"
-    rows = json.loads(source.read_text(encoding="utf-8"))["rows"]
+    kept = DOCS / "influence.json"
+    by_case: dict[str, list[Row]] = {}
+    for source in [kept, *map(Path, sys.argv[1:])]:
+        new: dict[str, list[Row]] = {}
+        for r in json.loads(source.read_text(encoding="utf-8"))["rows"]:
+            new.setdefault(r["case"], []).append(r)
+        by_case |= new
+    rows = [r for case in by_case for r in by_case[case]]
     page = DOCS / "influence.md"
     text = page.read_text(encoding="utf-8")
     for case in CASES:
@@ -142,8 +147,7 @@ def main() -> None:
             text = before + begin + "\n" + table(rows, case) + "\n" + end + rest.split(end)[1]
     page.write_text(text, encoding="utf-8")
     (DOCS / "influence.svg").write_text(draw(rows, "R0"), encoding="utf-8")
-    if source != DOCS / "influence.json":
-        shutil.copy(source, DOCS / "influence.json")
+    kept.write_text(json.dumps({"rows": rows}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
