@@ -200,7 +200,9 @@ def ours(
             seconds = time.perf_counter() - start
         finally:
             opened.close()
-    if len(values) > 1:
+    if table.columns[0] == "score":
+        values = values[:1]  # further columns are about the score
+    else:
         assert list(table.columns) == [i.decode() for i in asked.ids.tolist()], "a column for each target, in order"
     return Scores(values, seconds)
 
