@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from assay.core.errors import InputError
+from assay.core.keys import digest, encode_ids
 from assay.core.method import Scorer, make
 from assay.core.pool import Pool
 from assay.core.run import Run
 from assay.core.selection import Selection
 from assay.measure import Measurer
 from assay.numerics.curvature import slopes
+from assay.scorers.metagrad import around
+from assay.train.bank import subsets
 from assay.train.models import Classifier
 from assay.train.recipe import Recipe
 from assay.train.replay import Training, metagradient
@@ -40,7 +43,7 @@ def table(folder: Path, task: Any, pool: Pool, target: Pool, recipe: Recipe, bar
 
 
 def direct(
-    folder: Path, task: Any, pool: Pool, target: Pool, recipe: Recipe, center: float = 1.0, **how: Any
+    folder: Path, task: Any, pool: Pool, target: Pool, recipe: Recipe, center: float | np.ndarray = 1.0, **how: Any
 ) -> np.ndarray:
     """d f / d w by phase `[P, n, q]`, without the scorer."""
     asked = prepared(task, target, folder / "asked").inputs(np.arange(len(target)))
@@ -63,6 +66,27 @@ def test_each_target_has_minus_the_derivative_at_the_center(world: Any, together
     found = table(*world, center=0.5, targets="each", together=together)
     assert list(found.columns) == [i.decode() for i in world[3].ids]
     assert np.allclose(found.values, -direct(*world, center=0.5)[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.5])
+def test_masks_are_the_mean_of_trainings_around_the_center(world: Any, spread: float) -> None:
+    pool = world[2]
+    found = table(*world, center=0.5, targets="each", masks=3, spread=spread)
+    drawn = subsets(pool.ids, 3, 0.5, int(digest("metagrad", 0)[:8], 16))
+    first, third = drawn[0], drawn[2]
+    weights = [0.5 + spread * (x - 0.5) for x in (first, ~first, third)]
+    want = np.mean([-direct(*world, center=w)[0] for w in weights], axis=0)
+    assert np.allclose(found.values, want, rtol=1e-9, atol=1e-12)
+
+
+def test_no_weight_around_a_center_is_negative() -> None:
+    for share in (0.1, 0.3, 0.5, 0.8):
+        masks = subsets(encode_ids(map(str, range(40))), 4, share, 0)
+        for spread in (0.1, 0.5, 1.0):
+            weights = around(masks, share, spread)
+            assert weights.min() >= -1e-12 and np.allclose(weights.mean(axis=1), share)
+            mirrored = np.allclose(weights[::2] + weights[1::2], 2 * share)
+            assert mirrored == (spread * (1 - share) <= share)
 
 
 def test_the_mean_target_is_scored_per_term(tmp_path: Path) -> None:
