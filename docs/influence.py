@@ -129,8 +129,8 @@ def _labels(points: list[tuple[float, float, Row]]) -> list[str]:
     return parts
 
 
-def main() -> None:
-    kept = DOCS / "influence.json"
+def gathered(kept: Path) -> list[Row]:
+    """The rows of `kept` and of the files that the command line names, the last of every case; written to `kept`."""
     by_case: dict[str, list[Row]] = {}
     for source in [kept, *map(Path, sys.argv[1:])]:
         new: dict[str, list[Row]] = {}
@@ -138,6 +138,12 @@ def main() -> None:
             new.setdefault(r["case"], []).append(r)
         by_case |= new
     rows = [r for case in by_case for r in by_case[case]]
+    kept.write_text(json.dumps({"rows": rows}) + "\n", encoding="utf-8")
+    return rows
+
+
+def main() -> None:
+    rows = gathered(DOCS / "influence.json")
     page = DOCS / "influence.md"
     text = page.read_text(encoding="utf-8")
     for case in CASES:
@@ -147,7 +153,6 @@ def main() -> None:
             text = before + begin + "\n" + table(rows, case) + "\n" + end + rest.split(end)[1]
     page.write_text(text, encoding="utf-8")
     (DOCS / "influence.svg").write_text(draw(rows, "R0"), encoding="utf-8")
-    kept.write_text(json.dumps({"rows": rows}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
 """Writes the tables of docs/metagradients.md from the benchmark's result.
 
-    python docs/metagradients.py [RESULT.json]
+    python docs/metagradients.py [RESULT.json ...]
 
-RESULT.json is what `benchmarks/metagrad.py --json` wrote; the last one is kept as docs/metagradients.json.
+Each is what `benchmarks/metagrad.py --json` wrote, of some cases; docs/metagradients.json keeps the last of every case.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 from pathlib import Path
 
-from influence import Row, figure
+from influence import Row, figure, gathered
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- figures of {case}: written by docs/metagradients.py -->", "<!-- end of {case} -->"
-CASES = ("R0",)
+CASES = ("R0", "R2-10", "R2-50", "R3")
 METRICS = {"lds_fixed": "LDS, the run itself", "lds_avg": "LDS, mean of seeds", "lds_leave_1pct": "LDS, 1% left out"}
 
 
@@ -45,8 +42,7 @@ def costs(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "metagradients.json"
-    rows = json.loads(source.read_text(encoding="utf-8"))["rows"]
+    rows = gathered(DOCS / "metagradients.json")
     page = DOCS / "metagradients.md"
     text = page.read_text(encoding="utf-8")
     made = {case: foretold(rows, case) for case in CASES if any(r["case"] == case for r in rows)}
@@ -57,8 +53,6 @@ def main() -> None:
         before, rest = text.split(begin)
         text = before + begin + "\n" + table + "\n" + end + rest.split(end)[1]
     page.write_text(text, encoding="utf-8")
-    if source != DOCS / "metagradients.json":
-        shutil.copy(source, DOCS / "metagradients.json")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def of(world: Truth) -> list[Contestant]:
     if world.case == "R3":
         scale = {"precision": "float32", "scale": "model"}
         ekfac = Contestant("ekfac", influence("ekfac", margin, **scale), grid(damping=WHOLE))
-    found += [metagrad(world, f"masks-{m}", center=ALPHA, masks=m) for m in masks(world)]
     found += [metagrad(world, f"spread-{m}", center=ALPHA, masks=m, spread=SPREAD) for m in (2, 4)]
+    found += [metagrad(world, f"masks-{m}", center=ALPHA, masks=m) for m in masks(world)]
     if world.case == "R0":
         found.append(metagrad(world, "center-alpha-5", center=ALPHA, models=5))
         cg = Contestant("influence", influence("cg", margin, **LOOSE), grid(damping=DAMPING))
