@@ -130,7 +130,8 @@ def _labels(points: list[tuple[float, float, Row]]) -> list[str]:
 
 
 def gathered(kept: Path) -> list[Row]:
-    """The rows of `kept` and of the files that the command line names, the last of every case; written to `kept`."""
+    """The rows of `kept` and of the files that the command line names, written to `kept`. A file's case takes the place
+    of what was there of it: figures of one table are of one run, so give one that has the peers."""
     by_case: dict[str, list[Row]] = {}
     for source in [kept, *map(Path, sys.argv[1:])]:
         new: dict[str, list[Row]] = {}

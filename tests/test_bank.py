@@ -220,6 +220,10 @@ def test_dropout_is_off_in_scoring_and_right_on_average():
 
 def test_tasks_keep_their_keys():
     assert Classifier(inputs=5, classes=3).describe() == {"task": "classifier", "inputs": 5, "hidden": [], "classes": 3}
+    convnet = ImageClassifier(shape=(1, 4, 4), filters=(2,), classes=3).describe()
+    assert set(convnet) == {"task", "shape", "filters", "classes", "activation"}
+    with pytest.raises(InputError, match="nor another draw of first weights"):
+        ImageClassifier(first="uniform")
     assert Classifier(dropout=0.1).describe() != Classifier().describe() != Classifier(activation="relu").describe()
 
 

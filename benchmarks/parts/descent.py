@@ -12,7 +12,7 @@ Every arm is trained at the same seeds on the same number of terms, and judged o
 of judged loss: `gain_over_random` over three random draws, `gain_over_best_null` over the best of what looks at no
 gradient (random, words, loss, one domain), `gain_over_METHOD` over another arm; intervals treat draws, seeds and
 targets as crossed random factors. `flips_removed`: the share of wrong labels that descent does not end with, the mean
-over three descents from seeds of their own.
+over three descents whose starts, draws, held targets and trainings are their own.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def again(world: World, seed: int) -> float:
     run = Run.open(world.folder / "run", {"name": world.case})
     run.close()
     measurer = Measurer(
-        run, world.pool, world.selecting, task=world.task, models=[], trajectories=[],
+        run, world.pool, world.selecting, seed=seed, task=world.task, models=[], trajectories=[],
         encodings=dict(world.encodings), key=digest(world.task.describe(), seed), recipe=world.recipe,
     )  # fmt: skip
     return removed(world, measurer.table(make(Scorer, {**world.arms["mgd"], "recipe": {"seed": seed}})))

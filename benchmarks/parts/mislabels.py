@@ -2,7 +2,8 @@
 
 Ranked are an example's effect on itself (`*-self`, and `memorization`, which retrains: high is suspicious), its mean
 utility for the targets (`trak-10`: low is suspicious), and the null, its loss: of one model, and averaged over as many
-as the others have. Ten models, each trained on a random half of the wrong data; nothing is tuned.
+as the others have. Ten models, each trained on a random half of the wrong data; nothing is tuned. `memorization` trains
+ten of its own, on five halves and what they leave, and its seconds are of that; those of the others are of models made.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def contestants(count: int) -> list[tuple[Contestant, Callable[[np.ndarray], np.
     """Each with what makes one suspicion an example of its scores `[targets or 1, pool]`."""
     own = {"name": "gradients", "projection": "sparse", "size": 512, "store": "float32", "measure": "margin"}
     peer: dict[str, Any] = {"method": "trak-self", "dim": 512, "damping": 1e-2}
-    retrained = {"name": "memorization", "folds": 2, "repeats": count // 2}
+    retrained = {"name": "memorization", "folds": 2, "repeats": count // 2}  # an even count
     trak = {"name": "trak", "features": own, "output": "margin", "targets": "each", "damping": 0.1}
     return [
         (Contestant("trak-self", {"name": "self_trak", "features": own, "output": "margin"}, count=count), lowest),
         (Contestant("trak-self", peer, tool="dattri", count=count), highest),
-        (Contestant("memorization", retrained, count=count), first),
+        (Contestant("memorization", retrained, count=count), lowest),
         (Contestant(f"trak-{count}", trak, count=count), lowest),
         (Contestant(f"loss-{count}", {}, count=count, function=losses), lowest),
         (Contestant("loss", {"name": "loss"}), lowest),
@@ -43,10 +44,6 @@ def contestants(count: int) -> list[tuple[Contestant, Callable[[np.ndarray], np.
 
 def lowest(scores: np.ndarray) -> np.ndarray:
     return -scores.mean(axis=0)
-
-
-def first(scores: np.ndarray) -> np.ndarray:
-    return -scores[0]
 
 
 def losses(world: truth.Truth, trajectories: list[list[Mark]], options: dict[str, Any], targets: np.ndarray) -> Any:

@@ -118,7 +118,7 @@ class TaskSpec(Spec):
     """Share of each hidden layer that is dropped while training; scoring and evaluation never drop any."""
     first: Literal["normal", "uniform"] = "normal"
     """First weights of a perceptron: 'normal', N(0, 1/fan_in) and biases 0; 'uniform', PyTorch's own, a third of that
-    variance, which a metagradient can see further through."""
+    variance, biases too."""
     shape: tuple[Count, Count, Count] = (3, 32, 32)
     """Channels, height and width of a convnet's images."""
     filters: tuple[Count, ...] = (24, 48, 96)
@@ -128,11 +128,10 @@ class TaskSpec(Spec):
         from assay.train.models import Classifier
         from assay.train.vision import ImageClassifier
 
-        common = {"classes": self.classes, "activation": self.activation}
+        common: dict[str, Any] = {"classes": self.classes, "activation": self.activation, "first": self.first}
         if self.kind == "convnet":
             return ImageClassifier(shape=self.shape, filters=self.filters, **common)
-        own = {"dropout": self.dropout, "first": self.first}
-        return Classifier(inputs=self.inputs, hidden=self.hidden, **own, **common)
+        return Classifier(inputs=self.inputs, hidden=self.hidden, dropout=self.dropout, **common)
 
     @pydantic.model_validator(mode="before")
     @classmethod

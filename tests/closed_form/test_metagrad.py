@@ -79,6 +79,15 @@ def test_masks_are_the_mean_of_trainings_around_the_center(world: Any, spread: f
     assert np.allclose(found.values, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"spread": 0.5}, "spread = 0.5 without masks"), ({"masks": 2}, "masks of center = 1")],
+)
+def test_masks_that_cannot_be_are_refused(world: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        table(*world, **options)
+
+
 def test_no_weight_around_a_center_is_negative() -> None:
     for share in (0.1, 0.3, 0.5, 0.8):
         masks = subsets(encode_ids(map(str, range(40))), 4, share, 0)

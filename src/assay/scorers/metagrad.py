@@ -66,7 +66,7 @@ class Metagrad(Scorer):
         linear: subsets of a share alpha weigh alpha on average, so the share that will be kept is a good one. masks = m
         averages over m trainings around it: of random subsets of the share center where spread = 1, and between center
         and such a subset by the share `spread`; every second one is the mirror image of the one before, if no weight
-        is negative there. Two of spread .5 foretell halves better than center alone where training is not smooth
+        is negative there. Two of spread .5 foretold halves better than center alone in one world that is not smooth
         (LOG.md). Examples that training never visits have no weight
         to differentiate: where there are any, or insert > 0, all are scored as additions to a few steps (4 unless
         `insert` says more). For the mean target the score is divided by n_i, as what fills a budget of terms should be;
@@ -162,6 +162,16 @@ class Metagrad(Scorer):
 
         recipe, ids, encoded = self._recipe(context), context.pool.ids[rows], context.encoded(context.pool)
         weights = [np.full(len(ids), self.center)]
+        if self.spread < 1 and not self.masks:
+            raise InputError(
+                f"metagrad: spread = {self.spread:g} without masks", why="it says how far masks lie from the center",
+                fix="masks = 2, say",
+            )  # fmt: skip
+        if self.masks and not 0 < self.center < 1:
+            raise InputError(
+                f"metagrad: masks of center = {self.center:g}", why="a mask is a subset, of the share center",
+                fix="center = 0.5, or the share that will be kept",
+            )  # fmt: skip
         if self.masks:
             drawn = subsets(ids, self.masks, self.center, int(digest("metagrad", context.seed)[:8], 16))
             weights = list(around(drawn, self.center, self.spread))

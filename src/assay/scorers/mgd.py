@@ -72,9 +72,10 @@ class Mgd(Scorer):
         more copy of it is worth less than one of a stranger, however good both are: with folds = k > 1, k models train
         on the multiset without a k-th of the ids each, and score that k-th, in or out of it alike; losses are means
         over them. memory = m < 1 moves by the running mean m u_before + (1 - m) u; vary = true gives each metastep
-        first weights and an order of its own, so that the mean is one over them too, and what holds for one training
-        alone is not followed. `check` finite differences of the first metastep, along random directions over all
-        additions that one model scores, are noted beside its derivative
+        first weights and an order of its own, so that with memory the mean is one over them too; losses on what is held
+        out are then of several seeds, whose luck may decide which counts are the best. `check` finite differences of
+        the first metastep, along random directions over all additions that one model scores, are noted beside its
+        derivative
     """
 
     start: Scorer | None = None

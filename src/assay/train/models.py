@@ -101,6 +101,7 @@ def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
 
 
 def _uniform(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of a module that has linear layers alone."""
     values: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
         weight = module.get_parameter(f"{name.rpartition('.')[0]}.weight")
@@ -328,11 +329,8 @@ class Classifier(Task):
         return Perceptron(self.inputs, self.hidden, self.classes, self.activation, self.dropout, self.first)
 
     def describe(self) -> dict[str, Any]:
-        later = {
-            "activation": "gelu",
-            "dropout": 0.0,
-            "first": "normal",
-        }  # at these values a task keeps the key that it always had
+        # At these values a task keeps the key that it always had.
+        later = {"activation": "gelu", "dropout": 0.0, "first": "normal"}
         fields = {k: v for k, v in asdict(self).items() if v != later.get(k)}
         return {"task": "classifier", **fields, "hidden": list(self.hidden)}
 

@@ -44,10 +44,10 @@ class ImageClassifier(Classifier):
     filters: tuple[int, ...] = (24, 48, 96)
 
     def __post_init__(self) -> None:
-        if self.hidden or self.dropout or not self.filters:
+        if self.hidden or self.dropout or self.first != "normal" or not self.filters:
             raise InputError(
-                "a convnet has filters, and neither hidden layers nor dropout", where="task",
-                fix="set task.filters alone, such as [24, 48, 96]",
+                "a convnet has filters, and neither hidden layers nor dropout, nor another draw of first weights",
+                where="task", fix="set task.filters alone, such as [24, 48, 96]",
             )  # fmt: skip
         object.__setattr__(self, "inputs", int(np.prod(self.shape)))
 
@@ -56,7 +56,7 @@ class ImageClassifier(Classifier):
         return ConvNet(self.shape, self.filters, self.classes, self.activation)
 
     def describe(self) -> dict[str, Any]:
-        fields = {k: v for k, v in asdict(self).items() if k not in ("inputs", "hidden", "dropout")}
+        fields = {k: v for k, v in asdict(self).items() if k not in ("inputs", "hidden", "dropout", "first")}
         return {"task": "convnet", **fields, "shape": list(self.shape), "filters": list(self.filters)}
 
     def forward_flops(self, terms: np.ndarray) -> float:

@@ -105,10 +105,10 @@ def _of_the_task(base: Variant) -> Iterator[Variant]:
     known = {f.name for f in dataclasses.fields(task)} if dataclasses.is_dataclass(task) else set()  # type: ignore[arg-type]
     for key, old, new, name in (
         ("activation", "relu", "gelu", "GELU for ReLU"), ("dropout", None, 0.0, "no dropout"),
-        ("first", "normal", "uniform", "smaller first weights"),
+        ("first", "normal", "uniform", "PyTorch's first weights"),
     ):  # fmt: skip
         if key == "first" and not getattr(task, "hidden", ()):
-            continue  # a linear model is as smooth from anywhere
+            continue  # a convex problem: where it begins is not what is in the way
         own = getattr(task, key, None) if key in known else None
         if own == old if old is not None else own:
             value = f"'{new}'" if isinstance(new, str) else f"{new:g}"
