@@ -128,11 +128,11 @@ def test_what_is_tried_is_what_the_recipe_and_the_task_allow() -> None:
     more = names(Classifier(hidden=(4,), activation="relu", dropout=0.2), optimiser="adamw", weight_decay=0.1)
     assert set(more) - set(plain) == {
         "eps_root", "ten times the weight decay", "no clipping", "GELU for ReLU", "no dropout",
-        "PyTorch's first weights",
+        "first weights of PyTorch",
     }  # fmt: skip
     assert more["eps_root"].recipe.eps_root == 1e-8 and more["as it is"].recipe.eps_root == 0
     assert more["GELU for ReLU"].task.activation == "gelu" and more["no dropout"].task.dropout == 0  # type: ignore[attr-defined]
-    assert more["PyTorch's first weights"].task.first == "uniform"  # type: ignore[attr-defined]
+    assert more["first weights of PyTorch"].task.first == "uniform"  # type: ignore[attr-defined]
     for name, variant in more.items():
         assert name == "as it is" or variant.how
         changed = {k for k, v in variant.recipe if v != getattr(more["as it is"].recipe, k)}

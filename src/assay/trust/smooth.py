@@ -105,7 +105,7 @@ def _of_the_task(base: Variant) -> Iterator[Variant]:
     known = {f.name for f in dataclasses.fields(task)} if dataclasses.is_dataclass(task) else set()  # type: ignore[arg-type]
     for key, old, new, name in (
         ("activation", "relu", "gelu", "GELU for ReLU"), ("dropout", None, 0.0, "no dropout"),
-        ("first", "normal", "uniform", "PyTorch's first weights"),
+        ("first", "normal", "uniform", "first weights of PyTorch"),
     ):  # fmt: skip
         if key == "first" and not getattr(task, "hidden", ()):
             continue  # a convex problem: where it begins is not what is in the way
