@@ -2,6 +2,7 @@
 
     python benchmarks/metagrad.py [--quick] [--json FILE] [--parts lds,cost,mgd,ordering] [--cases R0,R2-10,R3,R2-50]
                                   [--cache FOLDER] [--images FILE_OR_FOLDER] [--threads N] [--peers PYTHON]
+                                  [--only TEXT,TEXT]
 
 lds: worlds, halves and intervals are those of influence.py; `lds_fixed` is against the run that was differentiated,
 `lds_avg` against the mean of five seeds, `lds_leave_1pct` against runs that lack a hundredth of the pool each.
@@ -42,7 +43,8 @@ def lds_rows(chosen: Any) -> tuple[list[Row], list[str]]:
         contest = Contest(world, {}, chosen.threads, chosen.quick)
         contest.rows += entries.ceilings(world)
         for contestant in differentiated.of(world)[: 2 if chosen.quick else None]:
-            contest.enter(contestant)
+            if any(text in contestant.method for text in chosen.only):
+                contest.enter(contestant)
         contest.rows += differentiated.differences(contest)
         if case == "R3" and not chosen.quick:
             contest.rows += differentiated.without_a_hundredth(contest, world, world.halves, chosen.threads)
@@ -60,6 +62,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="of R2: an .npz, or the folder of MNIST's own four files")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of each contestant")
     parser.add_argument("--peers", type=Path, help="the peers' python")
+    only = "of lds: contestants whose name has one of these"
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[""], help=only)
     chosen = parser.parse_args()
 
     chosen.cases = chosen.cases or (["R0"] if chosen.quick else list(CASES))

@@ -75,6 +75,8 @@ class Contest:
     quick: bool = False
     chosen: dict[tuple[str, str], Options] = field(default_factory=dict)
     results: dict[tuple[str, str], dict[str, lds.Lds]] = field(default_factory=dict)
+    scored: dict[tuple[str, str], Scores] = field(default_factory=dict)
+    """For the targets that figures are of, or one row for all."""
     rows: list[Row] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -97,6 +99,7 @@ class Contest:
         own = self.world.sides[1]
         (found,) = self.score(contestant, [options], own if contestant.reported else np.arange(len(self.world.targets)))
         values = found.values if len(found.values) in (1, len(own)) else found.values[own]
+        self.scored[contestant.tool, contestant.method] = Scores(values, found.seconds)
         held = self.results.setdefault((contestant.tool, contestant.method), {})
         for label in ("lds_fixed", "lds_avg"):
             if label == "lds_fixed" and self.world.protocol == "subset":

@@ -49,15 +49,15 @@ def masks(world: Truth) -> list[int]:
 
 
 def differences(contest: Contest) -> list[Row]:
-    """The centred metagradient against the others, over the same draws of halves and targets."""
-    first = contest.results.get((OURS, "metagrad-center-alpha"), {}).get("lds_fixed")
+    """Metagradients at both centers against the others, over the same draws of halves and targets."""
     found = []
-    for (tool, other), held in contest.results.items():
-        second = held.get("lds_fixed")
-        if first and second and other != "metagrad-center-alpha":
-            value, low, high = lds.difference(first, second)
-            name = f"metagrad-center-alpha-minus-{other}"
-            found.append(row(contest.world.case, tool, name, "difference", value, [low, high]))
+    for own in ("metagrad-center-alpha", "metagrad-center-1"):
+        first = contest.results.get((OURS, own), {}).get("lds_fixed")
+        for (tool, other), held in contest.results.items():
+            second = held.get("lds_fixed")
+            if first and second and not other.startswith("metagrad-center"):
+                value, low, high = lds.difference(first, second)
+                found.append(row(contest.world.case, tool, f"{own}-minus-{other}", "difference", value, [low, high]))
     return found
 
 
@@ -74,7 +74,7 @@ def without_a_hundredth(contest: Contest, world: Truth, halves: int, workers: in
     )["targets"][:, :, own]  # fmt: skip
     found, print_ = [], lds.fingerprint({"case": world.case, "share": 0.99}, masks_mn, values)
     for contestant in (metagrad(world, "center-1"), metagrad(world, "center-alpha", center=ALPHA)):
-        (scores,) = contest.score(contestant, [{}], own)
+        scores = contest.scored.get((OURS, contestant.method)) or contest.score(contestant, [{}], own)[0]
         result = lds.score(masks_mn, scores.values.T, values, label="lds_fixed", fingerprint=print_)
         ci = [result.low, result.high]
         found.append(row(world.case, OURS, contestant.method, "lds_leave_1pct", result.value, ci, scores.seconds))
