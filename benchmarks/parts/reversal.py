@@ -202,17 +202,17 @@ def _peer(place: World, folder: Path, steps: int, python: Path | None, threads: 
     with open(place.documents, encoding="utf-8") as file:
         query.write_text("".join(line for _, line in zip(range(DOCUMENTS), file, strict=False)), encoding="utf-8")
     common = [
-        "--model", str(place.model), "--data.truncation", "true", "--batch_size", str(DOCUMENTS), "--precision", "fp32",
+        "--model", str(place.model), "--batch_size", str(DOCUMENTS), "--precision", "fp32",
         "--eps_root", "1e-8", "--lr", "1e-3", "--overwrite", "true",
     ]  # fmt: skip
     asked = ["--query.dataset", str(query), "--query.truncation", "true", "--save_mode", "sqrt"]
     seconds = {}
-    final, whole = ["--save_mode", "final"], str(place.documents)
+    final, whole = ["--save_mode", "final", "--truncation", "true"], str(place.documents)
     # A training of one step is what starting up takes.
     for name, command, own in (
-        ("start", "train", [*final, "--data.dataset", str(query)]),
-        ("train", "train", [*final, "--data.dataset", whole]),
-        ("magic", "magic", [*asked, "--data.dataset", whole]),
+        ("start", "train", [*final, "--dataset", str(query)]),
+        ("train", "train", [*final, "--dataset", whole]),
+        ("magic", "magic", [*asked, "--data.dataset", whole, "--data.truncation", "true", "--skip_validation", "true"]),
     ):
         start = time.perf_counter()
         done = subprocess.run(
