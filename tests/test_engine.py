@@ -122,7 +122,8 @@ def test_leaving_early_leaves_no_workers():
 
 
 MAIN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts with it ignored
 sys.path.insert(0, sys.argv[1])
 import helpers
 from assay.engine import local
