@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from influence import Row
+from influence import Row, replaced
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- {name}: written by docs/filters.py -->", "<!-- end of {name} -->"
@@ -82,9 +82,7 @@ def main() -> None:
     page = DOCS / "filters.md"
     text = page.read_text(encoding="utf-8")
     for name, table in (("defects", found(rows)), ("speed", speeds(rows))):
-        begin, end = BEGIN.format(name=name), END.format(name=name)
-        before, rest = text.split(begin)
-        text = before + begin + "\n" + table + "\n" + end + rest.split(end)[1]
+        text = replaced(text, BEGIN.format(name=name), END.format(name=name), table)
     page.write_text(text, encoding="utf-8")
     kept.write_text(json.dumps({"rows": rows}) + "\n", encoding="utf-8")
 

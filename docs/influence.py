@@ -129,6 +129,12 @@ def _labels(points: list[tuple[float, float, Row]]) -> list[str]:
     return parts
 
 
+def replaced(text: str, begin: str, end: str, table: str) -> str:
+    """A page with `table` between its marks."""
+    before, rest = text.split(begin)
+    return before + begin + "\n" + table + "\n" + end + rest.split(end)[1]
+
+
 def gathered(kept: Path) -> list[Row]:
     """The rows of `kept` and of the files that the command line names, written to `kept`. A file's case takes the place
     of what was there of it: figures of one table are of one run, so give one that has the peers."""
@@ -149,9 +155,7 @@ def main() -> None:
     text = page.read_text(encoding="utf-8")
     for case in CASES:
         if of(rows, case):
-            begin, end = BEGIN.format(case=case), END.format(case=case)
-            before, rest = text.split(begin)
-            text = before + begin + "\n" + table(rows, case) + "\n" + end + rest.split(end)[1]
+            text = replaced(text, BEGIN.format(case=case), END.format(case=case), table(rows, case))
     page.write_text(text, encoding="utf-8")
     (DOCS / "influence.svg").write_text(draw(rows, "R0"), encoding="utf-8")
 

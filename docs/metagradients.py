@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from influence import Row, figure, gathered
+from influence import Row, figure, gathered, replaced
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- figures of {case}: written by docs/metagradients.py -->", "<!-- end of {case} -->"
@@ -49,9 +49,7 @@ def main() -> None:
     if any(r["case"].startswith("cost-T") for r in rows):
         made["cost"] = costs(rows)
     for case, table in made.items():
-        begin, end = BEGIN.format(case=case), END.format(case=case)
-        before, rest = text.split(begin)
-        text = before + begin + "\n" + table + "\n" + end + rest.split(end)[1]
+        text = replaced(text, BEGIN.format(case=case), END.format(case=case), table)
     page.write_text(text, encoding="utf-8")
 
 

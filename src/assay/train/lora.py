@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from assay.core.errors import InputError, nearest
-from assay.core.keys import canonical, shuffled
+from assay.core.keys import shuffled
 from assay.core.pool import Pool
 from assay.core.task import Encoded, Inputs, Params, Task
 from assay.numerics.readout import Readout
 from assay.train import loop, optim
+from assay.train.models import uniform_weights
 from assay.train.pretrained import library
 from assay.train.recipe import Recipe
 
@@ -93,9 +93,7 @@ class Adapted(Task):
             exact = exact if exact == torch.float64 else torch.float32
             value = torch.zeros(p.shape, dtype=exact)
             if ".lora_A." in name:
-                key = xxhash.xxh3_64_intdigest(canonical([seed, "lora", name]).encode()) >> 1
-                draw = torch.rand(p.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
-                value = ((2 * draw - 1) * p.shape[1] ** -0.5).to(exact)
+                value = uniform_weights(p.shape, p.shape[1], seed, "lora", name).to(exact)
             found[name] = value
         return found
 

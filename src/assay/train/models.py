@@ -84,8 +84,7 @@ def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
     depth = len(getattr(module, "blocks", ())) or 1
     values: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
-        key = xxhash.xxh3_64_intdigest(canonical([seed, name]).encode()) >> 1
-        draw = torch.randn(p.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+        draw = torch.randn(p.shape, generator=_generator(seed, name), dtype=torch.float64)
         owner = name.rpartition(".")[0]
         if p.dim() < 2:
             value = torch.ones(p.shape) if name.endswith(".weight") else torch.zeros(p.shape)
@@ -100,15 +99,22 @@ def init_params(module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
     return values
 
 
+def _generator(*key: Any) -> torch.Generator:
+    return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(canonical(list(key)).encode()) >> 1)
+
+
 def _uniform(module: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Of a module that has linear layers alone."""
     values: dict[str, Tensor] = {}
     for name, p in module.named_parameters():
         weight = module.get_parameter(f"{name.rpartition('.')[0]}.weight")
-        key = xxhash.xxh3_64_intdigest(canonical([seed, name, "uniform"]).encode()) >> 1
-        draw = torch.rand(p.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
-        values[name] = ((2 * draw - 1) * weight[0].numel() ** -0.5).to(dtype)
+        values[name] = uniform_weights(p.shape, weight[0].numel(), seed, name, "uniform").to(dtype)
     return values
+
+
+def uniform_weights(shape: torch.Size, inputs: int, *key: Any) -> Tensor:
+    """A draw of U(-1/sqrt(inputs), 1/sqrt(inputs)) in float64, decided by the key alone."""
+    return (2 * torch.rand(shape, generator=_generator(*key), dtype=torch.float64) - 1) * inputs**-0.5
 
 
 def first_weights(task: Task, seed: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
