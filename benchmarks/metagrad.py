@@ -1,11 +1,12 @@
 """Metagradients: how well they foretell retraining, and what one reversed step costs.
 
-    python benchmarks/metagrad.py [--quick] [--json FILE] [--parts lds,cost,mgd,ordering] [--cases R0,R2-10,R3,R2-50]
+    python benchmarks/metagrad.py [--quick] [--json FILE] [--parts lds,cost,mgd,ordering] [--cases CASE,CASE]
                                   [--cache FOLDER] [--images FILE_OR_FOLDER] [--threads N] [--peers PYTHON]
                                   [--only TEXT,TEXT]
 
-lds: worlds, halves and intervals are those of influence.py; `lds_fixed` is against the run that was differentiated,
-`lds_avg` against the mean of five seeds, `lds_leave_1pct` against runs that lack a hundredth of the pool each.
+lds: cases are R0, R2-10, R3, R3-smooth and R2-50 of parts/truth.py, halves and intervals those of influence.py;
+`lds_fixed` is against the run that was differentiated, `lds_avg` against the mean of five seeds, `lds_leave_1pct`
+against runs that lack a hundredth of the pool each, and `linearity` says how smooth the training is.
 cost: see parts/reversal.py. mgd: see parts/descent.py. ordering: see parts/ordering.py.
 Banks and models are kept in --cache, and shared with influence.py where a world is the same.
 """
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.core import Row  # noqa: E402
 
 CACHE = Path(__file__).parents[1] / "runs" / "influence"
-CASES = ("R0", "R2-10", "R3", "R2-50")
+CASES = ("R0", "R2-10", "R3", "R3-smooth", "R2-50")
 PARTS = ("lds", "cost", "mgd", "ordering")
 
 
@@ -46,7 +47,8 @@ def lds_rows(chosen: Any) -> tuple[list[Row], list[str]]:
             if any(text in contestant.method for text in chosen.only):
                 contest.enter(contestant)
         contest.rows += differentiated.differences(contest)
-        if case == "R3" and not chosen.quick:
+        contest.rows += [] if chosen.quick else differentiated.smooth(world)
+        if case in truth.DECODERS and not chosen.quick:
             contest.rows += differentiated.without_a_hundredth(contest, world, world.halves, chosen.threads)
         rows, failed = rows + contest.rows, failed + contest.failed
     return [{**r, "bench": "metagrad"} for r in rows], failed

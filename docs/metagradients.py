@@ -13,7 +13,7 @@ from influence import Row, figure, gathered, replaced
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- figures of {case}: written by docs/metagradients.py -->", "<!-- end of {case} -->"
-CASES = ("R0", "R2-10", "R2-50", "R3")
+CASES = ("R0", "R2-10", "R2-50", "R3", "R3-smooth")
 METRICS = {"lds_fixed": "LDS, the run itself", "lds_avg": "LDS, mean of seeds", "lds_leave_1pct": "LDS, 1% left out"}
 
 

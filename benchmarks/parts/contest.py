@@ -28,7 +28,8 @@ from .truth import Truth
 
 Row = dict[str, Any]
 Options = dict[str, Any]
-TUNING = {"R0": 50, "R1": 25, "R2": 25, "R3": 32, "R2-10": 16, "R2-50": 16}  # at most so many targets choose
+# At most so many targets choose.
+TUNING = {"R0": 50, "R1": 25, "R2": 25, "R3": 32, "R3-smooth": 32, "R2-10": 16, "R2-50": 16}
 OURS = "assay"
 
 

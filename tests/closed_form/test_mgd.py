@@ -27,7 +27,7 @@ from assay.summary import _curves
 from assay.train import loop, replay
 from assay.train.additions import Additions
 from assay.train.descent import Multiset, places
-from assay.train.models import Classifier
+from assay.train.models import Classifier, first_weights
 from assay.train.recipe import Recipe
 from helpers import classifier, prepared, vector_pool
 
@@ -125,6 +125,25 @@ def test_an_addition_equals_training_with_a_little_of_it(name: str, tmp_path: Pa
     seen = [-(value(row, h) - value(row, -h)) / (2 * h) for row in rows.tolist()]
     found = additions(training, asked, step).utilities(encoded.inputs(rows), encoded.sizes[rows])[0, :, 0]
     np.testing.assert_allclose(found, seen, rtol=1e-6)
+
+
+def test_a_step_that_holds_no_copy_is_reversed_too(tmp_path: Path) -> None:
+    """What is added there still has its derivative: central differences."""
+    training, encoded, asked = multiset(tmp_path, RECIPES["momentum"])
+    batches = [b if step != 7 else b[:0] for step, b in enumerate(training.batches)]
+    object.__setattr__(training, "batches", batches)
+    rows, zeta, h, since = np.array([3, 25]), np.array([1.0, -0.5]), 1e-5, 7
+    before = training.initial()
+    for step in range(since):
+        before = training.advance(before, step)
+
+    def value(sign: float) -> float:
+        after = training.run(training.added(before, since, rows, sign * h * zeta), since + 1)
+        with torch.no_grad():
+            return float(training.task.loss(training.named(after), asked.inputs(np.arange(len(asked)))).mean())
+
+    found = additions(training, asked, since).utilities(encoded.inputs(rows), encoded.sizes[rows])[0, :, 0]
+    np.testing.assert_allclose(found @ zeta, -(value(1) - value(-1)) / (2 * h), rtol=1e-6)
 
 
 # Where copies are visited.
@@ -439,6 +458,34 @@ def test_metasteps_that_vary_have_trainings_of_their_own(
     rows = [t.meta["notes"]["descent"]["trajectory"] for t in (varied, same, one)]
     assert rows[0][0] == rows[1][0] != rows[2][0], "the first one is that seed's"
     assert rows[0][1]["changed"] == rows[1][1]["changed"] and rows[0][1]["select"] != rows[1][1]["select"]
+
+
+def test_descent_can_go_on_from_the_scoring_models(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each metastep from the next model; the first loss is that of a training that begins there."""
+    begun: list[Multiset] = []
+    whole = _Descent.training
+
+    def training(self: Any, counts: np.ndarray, fold: int) -> Multiset:
+        begun.append(whole(self, counts, fold))
+        return begun[-1]
+
+    monkeypatch.setattr(_Descent, "training", training)
+    models = [first_weights(world.task, 40 + k, torch.float32) for k in range(2)]
+    measurer = world.measurer(tmp_path / "one")
+    measurer.models = models
+    table = measurer.table(mgd(**{**OPTIONS, "metasteps": 2, "check": 0}, begin="model"))
+    for one, model in zip(begun[-3:], (models[0], models[1], models[0]), strict=True):
+        assert all(torch.equal(one.first[name], p) for name, p in model.items())
+    state = begun[-3].run(begun[-3].initial(), 0)
+    asked = measurer.encoded(world.target).inputs(np.arange(len(world.target)))
+    with torch.no_grad():
+        losses = world.task.loss(begun[-3].named(state), asked).numpy()
+    row = table.meta["notes"]["descent"]["trajectory"][0]
+    held = round(0.2 * len(losses))
+    mean = (row["hold"] * held + row["select"] * (len(losses) - held)) / len(losses)
+    assert mean == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
 class Stopped(Exception):

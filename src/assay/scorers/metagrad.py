@@ -65,14 +65,15 @@ class Metagrad(Scorer):
         that shares the sweep (up to `together`). center is the data weight of all examples at which training is made
         linear: subsets of a share alpha weigh alpha on average, so the share that will be kept is a good one. masks = m
         averages over m trainings around it: of random subsets of the share center where spread = 1, and between center
-        and such a subset by the share `spread`; every second one is the mirror image of the one before, if no weight
-        is negative there. Two of spread .5 foretold halves better than center alone in one world that is not smooth
-        (LOG.md). Examples that training never visits have no weight
-        to differentiate: where there are any, or insert > 0, all are scored as additions to a few steps (4 unless
-        `insert` says more). For the mean target the score is divided by n_i, as what fills a budget of terms should be;
-        rows that contain target items are not trained on and score 0 for their visits. window = m runs back through the
-        last m steps alone. phases = P adds a column for each of P equal spans of time: the utility of one visit there,
-        n_i and all (mean target only). AdamW gets eps_root = 1e-8 where it has none; dropout stays
+        and such a subset by the share `spread`; of center >= 1, at weights of center (1 + spread) for a random half of
+        the examples and center (1 - spread) for the others. Every second one is the mirror image of the one before, if
+        no weight is negative there. Two of spread .5 foretold retraining better than the center alone in the worlds
+        where they were compared, all of them trainings that are not smooth (LOG.md). Examples that training never
+        visits have no weight to differentiate: where there are any, or insert > 0, all are scored as additions to a few
+        steps (4 unless `insert` says more). For the mean target the score is divided by n_i, as what fills a budget of
+        terms should be; rows that contain target items are not trained on and score 0 for their visits. window = m runs
+        back through the last m steps alone. phases = P adds a column for each of P equal spans of time: the utility of
+        one visit there, n_i and all (mean target only). AdamW gets eps_root = 1e-8 where it has none; dropout stays
         as the step drew it. `check` finite differences, along random directions over all weights, are noted beside the
         derivatives: where they differ, training is not smooth at that scale and scores foretell little
     """
@@ -167,13 +168,9 @@ class Metagrad(Scorer):
                 f"metagrad: spread = {self.spread:g} without masks", why="it says how far masks lie from the center",
                 fix="masks = 2, say",
             )  # fmt: skip
-        if self.masks and not 0 < self.center < 1:
-            raise InputError(
-                f"metagrad: masks of center = {self.center:g}", why="a mask is a subset, of the share center",
-                fix="center = 0.5, or the share that will be kept",
-            )  # fmt: skip
         if self.masks:
-            drawn = subsets(ids, self.masks, self.center, int(digest("metagrad", context.seed)[:8], 16))
+            share = self.center if self.center < 1 else 0.5
+            drawn = subsets(ids, self.masks, share, int(digest("metagrad", context.seed)[:8], 16))
             weights = list(around(drawn, self.center, self.spread))
         dtype = getattr(torch, self.precision)
         return [
@@ -213,13 +210,16 @@ class Metagrad(Scorer):
 
 
 def around(masks: np.ndarray, center: float, spread: float) -> np.ndarray:
-    """Data weights `[m, n]` between `center` and each mask; odd ones mirror the one before, unless that is negative.
+    """Data weights `[m, n]` between `center` and each mask, or center (1 +- spread) from 1 on; odd ones mirror the one
+    before, unless that is negative.
 
     >>> around(np.array([[True, False], [True, False]]), 0.5, 0.5).tolist()
     [[0.75, 0.25], [0.25, 0.75]]
+    >>> around(np.array([[True, False], [True, False]]), 1.0, 0.5).tolist()
+    [[1.5, 0.5], [0.5, 1.5]]
     """
-    apart = spread * (masks - center)
-    if spread * (1 - center) <= center:
+    apart = spread * (masks - center if center < 1 else center * (2 * masks - 1.0))
+    if center >= 1 or spread * (1 - center) <= center:
         apart[1::2] = -apart[: 2 * (len(apart) // 2) : 2]
     return center + apart
 

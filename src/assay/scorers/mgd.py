@@ -73,9 +73,11 @@ class Mgd(Scorer):
         on the multiset without a k-th of the ids each, and score that k-th, in or out of it alike; losses are means
         over them. memory = m < 1 moves by the running mean m u_before + (1 - m) u; vary = true gives each metastep
         first weights and an order of its own, so that with memory the mean is one over them too; losses on what is held
-        out are then of several seeds, whose luck may decide which counts are the best. `check` finite differences of
-        the first metastep, along random directions over all additions that one model scores, are noted beside its
-        derivative
+        out are then of several seeds, whose luck may decide which counts are the best. What was trained from first
+        weights on a small multiset alone answers to whatever it has not learnt by heart, and hardly tells examples
+        apart; begin = 'model' goes on from a scoring model (the next one at each metastep), by few steps of a small
+        rate: give both in `recipe`. `check` finite differences of the first metastep, along random directions over all
+        additions that one model scores, are noted beside its derivative
     """
 
     start: Scorer | None = None
@@ -84,6 +86,7 @@ class Mgd(Scorer):
     rate: Positive = 0.2
     memory: NonNegative = 0.0
     vary: bool = False
+    begin: Literal["scratch", "model"] = "scratch"
     tau: Literal["budget", "free"] = "budget"
     most: Annotated[int, pydantic.Field(ge=0)] = 1
     window: Annotated[int, pydantic.Field(ge=0)] = 0
@@ -220,6 +223,7 @@ class _Descent:
     selects: np.ndarray
     holds: np.ndarray
     """Ids of the target."""
+    metastep: int = 0
 
     @classmethod
     def of(cls, method: Mgd, context: Context) -> _Descent:
@@ -250,9 +254,8 @@ class _Descent:
 
     def at(self, metastep: int) -> _Descent:
         """With the training of a metastep."""
-        if not self.method.vary:
-            return self
-        return replace(self, recipe=self.recipe.with_seed(SEEDS + 1000 * self.recipe.seed + metastep))
+        seed = SEEDS + 1000 * self.recipe.seed + metastep
+        return replace(self, recipe=self.recipe.with_seed(seed) if self.method.vary else self.recipe, metastep=metastep)
 
     def first(self) -> np.ndarray:
         """Counts of the start: the best by its scores, or the first of a keyed draw, while they fit in the budget."""
@@ -313,10 +316,15 @@ class _Descent:
             scale, made = max(1.0, part), min(1.0, part)
         return Multiset(
             self.context.task, self.context.encoded(self.context.pool), self.rows[inside],
-            Selection(self.ids[inside], np.full(len(inside), scale)), self.recipe,
+            Selection(self.ids[inside], np.full(len(inside), scale)), self.recipe, start=self.start,
             dtype=getattr(torch, method.precision), counts=counts[inside],
             passes=self.recipe.steps * self.recipe.terms_per_step / self.budget, share=made,
         )  # fmt: skip
+
+    @property
+    def start(self) -> dict[str, Tensor] | None:
+        models = self.context.models
+        return models[self.metastep % len(models)] if self.method.begin == "model" else None
 
     def audited(self, counts: np.ndarray) -> set[str]:
         """Parameters whose gradients have no rule."""

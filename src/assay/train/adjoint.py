@@ -13,6 +13,9 @@ from torch import Tensor
 from assay.train.optim import State
 from assay.train.recipe import Recipe
 
+# Numbers of a parameter that are handed back at a time: a dozen arrays of so many fit in a core's cache.
+STRETCH = 2**16
+
 
 @dataclass(frozen=True)
 class Adjoint:
@@ -78,21 +81,37 @@ def update_back(
 def _adamw_back(
     recipe: Recipe, grads: list[Tensor], state: State, step: int, after: Adjoint, lr: float
 ) -> tuple[list[Tensor], Adjoint]:
-    b1, b2 = recipe.betas
-    one, two = 1 - b1 ** (step + 1), 1 - b2 ** (step + 1)
-    push, means, squares = [], [], []
-    rows = zip(
+    push, means, squares = ([torch.empty_like(a) for a in after.params] for _ in range(3))
+    made = zip(push, means, squares, strict=True)
+    given = zip(
         grads, state["mean"], state["square"], after.params, after.slots["mean"], after.slots["square"], strict=True
     )
-    for g, mean, square, a, mean_a, square_a in rows:
-        root = ((b2 * square + (1 - b2) * g * g) / two + recipe.eps_root).sqrt()
-        divisor = root + recipe.eps
-        moment = torch.lerp(mean, g, 1 - b1) / one
-        bend = torch.where(root > 0, lr * moment / (2 * two * divisor * divisor * root), torch.zeros_like(root))
-        m = mean_a - (lr / one) / divisor * a
-        v = square_a + bend * a
-        push.append((1 - b1) * m + 2 * (1 - b2) * g * v)
-        means.append(b1 * m)
-        squares.append(b2 * v)
+    # Elementwise, a stretch at a time: ten arrays are read or written once each, all between stays in the cache.
+    for (g, mean, square, *asked), found in zip(given, made, strict=True):
+        flat = [x.reshape(-1) for x in (g, mean, square)]
+        wide = [x.reshape(len(x), -1) for x in asked]
+        into = [x.view(len(x), -1) for x in found]
+        for at in range(0, g.numel(), STRETCH):
+            part = slice(at, at + STRETCH)
+            _adamw_part(
+                recipe, step, lr, [x[part] for x in flat], [x[:, part] for x in wide], [x[:, part] for x in into]
+            )
     params = [(1 - lr * recipe.weight_decay) * a for a in after.params]
     return push, Adjoint(params, {"mean": means, "square": squares})
+
+
+def _adamw_part(
+    recipe: Recipe, step: int, lr: float, given: list[Tensor], asked: list[Tensor], into: list[Tensor]
+) -> None:
+    """Of `[m]` numbers of a parameter, its adjoints `[k, m]`: `into` has those of the gradient and of both moments."""
+    (g, mean, square), (a, mean_a, square_a), (push, before_mean, before_square) = given, asked, into
+    (b1, b2), t = recipe.betas, step + 1
+    one, two = 1 - b1**t, 1 - b2**t
+    root = torch.mul(square, b2).addcmul_(g, g, value=1 - b2).div_(two).add_(recipe.eps_root).sqrt_()
+    divisor = root + recipe.eps
+    bend = torch.lerp(mean, g, 1 - b1).mul_(lr / (2 * one * two)).div_(root.mul_(divisor).mul_(divisor))
+    torch.addcmul(square_a, bend, a, out=before_square)
+    torch.addcdiv(mean_a, a, divisor, value=-lr / one, out=before_mean)
+    torch.mul(before_square, g.mul(2 * (1 - b2)), out=push).add_(before_mean, alpha=1 - b1)
+    before_mean.mul_(b1)
+    before_square.mul_(b2)

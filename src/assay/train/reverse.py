@@ -44,8 +44,8 @@ def reverse(training: Training, state: State, step: int, after: Adjoint) -> Back
     """
     recipe, batch = training.recipe, training.batches[step]
     parts = _graphs(training, state, step, batch)
-    total = [torch.zeros_like(p) for p in state.params]
-    for part in parts:
+    total = [g.detach() for g in parts[0].grads] if parts else [torch.zeros_like(p) for p in state.params]
+    for part in parts[1:]:
         total = [t + g.detach() for t, g in zip(total, part.grads, strict=True)]
     clipped = optim.clip(total, recipe.clip)
     push, before = update_back(recipe, clipped, state.slots, step, after)
