@@ -47,7 +47,7 @@ def lds_rows(chosen: Any) -> tuple[list[Row], list[str]]:
             if any(text in contestant.method for text in chosen.only):
                 contest.enter(contestant)
         contest.rows += differentiated.differences(contest)
-        contest.rows += [] if chosen.quick else differentiated.smooth(world)
+        contest.rows += [] if chosen.quick or chosen.only != [""] else differentiated.smooth(world)
         if case in truth.DECODERS and not chosen.quick:
             contest.rows += differentiated.without_a_hundredth(contest, world, world.halves, chosen.threads)
         rows, failed = rows + contest.rows, failed + contest.failed

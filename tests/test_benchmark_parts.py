@@ -107,15 +107,15 @@ def test_targets_that_choose_are_not_reported_on(small):
     assert len(chosen) == len(reported)
 
 
-@pytest.mark.parametrize("case", ["R0", "R3"])
+@pytest.mark.parametrize("case", ["R0", "R3", "R3-smooth"])
 def test_the_bank_is_of_the_training_that_a_metagradient_differentiates(parts, tmp_path, case):
-    from assay.train.recipe import overlaid
+    from assay.train.root import rooted
 
     truth = parts("truth")
-    if case == "R3" and not (truth.DATA / "domains" / "domains.parquet").exists():
+    if case != "R0" and not (truth.DATA / "domains" / "domains.parquet").exists():
         pytest.skip(f"no documents of many domains in {truth.DATA}")
     recipe = truth.build(case, tmp_path, quick=True).recipe
-    assert overlaid("metagrad", recipe, None, smooth=True) == recipe
+    assert rooted(None, "metagrad", recipe, np.arange(3)) == recipe  # no context is asked: there is a root already
     assert (recipe.optimiser == "adamw") == (recipe.eps_root > 0)
 
 

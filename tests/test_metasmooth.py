@@ -130,7 +130,7 @@ def test_what_is_tried_is_what_the_recipe_and_the_task_allow() -> None:
         "eps_root", "ten times the weight decay", "no clipping", "GELU for ReLU", "no dropout",
         "first weights of PyTorch",
     }  # fmt: skip
-    assert more["eps_root"].recipe.eps_root == 1e-8 and more["as it is"].recipe.eps_root == 0
+    assert more["eps_root"].recipe.eps_root == 1e-6 and more["as it is"].recipe.eps_root == 0
     assert more["GELU for ReLU"].task.activation == "gelu" and more["no dropout"].task.dropout == 0  # type: ignore[attr-defined]
     assert more["first weights of PyTorch"].task.first == "uniform"  # type: ignore[attr-defined]
     for name, variant in more.items():

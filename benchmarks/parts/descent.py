@@ -11,7 +11,9 @@ mgd-digits  handwritten digits, a fifth of the labels wrong; the budget is seven
 Every arm is trained at the same seeds on the same number of terms, and judged on targets that chose nothing. Gains are
 of judged loss: `gain_over_random` over three random draws, `gain_over_best_null` over the best of what looks at no
 gradient (random, words, loss, one domain), `gain_over_METHOD` over another arm; intervals treat draws, seeds and
-targets as crossed random factors. `flips_removed`: the share of wrong labels that descent does not end with, the mean
+targets as crossed random factors. `metagrad-1e-8` has that eps_root.
+Descent through documents goes on from the scoring model, with a seed of its own for every metastep.
+`flips_removed`: the share of wrong labels that descent does not end with, the mean
 over three descents whose starts, draws, held targets and trainings are their own.
 """
 
@@ -51,10 +53,10 @@ class Scale:
 
     each: int = 80
     clean: int = 100
-    select: int = 64
-    judge: int = 100
+    select: int = 192
+    judge: int = 300
     steps: int = 60
-    metasteps: int = 7
+    metasteps: int = 8
     seeds: int = 5
 
 
@@ -158,13 +160,18 @@ def _read(
     )
     recipe = Recipe(steps=scale.steps, terms_per_step=16 * (context + 1), lr=5e-3, final=0.05)
     late = {"recipe": {"seed": OWN}, "window": recipe.steps // 4, "insert": 3}
+    once = {"name": "metagrad", "check": 0, **late}
+    rough = {**once, "recipe": {"seed": OWN, "eps_root": 1e-8}}
+    # A third of a training, from a model of the pool: from first weights on, whatever is not learnt by heart helps.
+    short = {"seed": OWN, "steps": recipe.steps // 3, "lr": 2e-3}
     descent: dict[str, Any] = {
-        "name": "mgd", **late, "metasteps": scale.metasteps, "patience": 3, "rate": 0.3, "memory": 0.8, "folds": 2,
+        "name": "mgd", "begin": "model", "recipe": short, "window": short["steps"], "insert": 3, "vary": True,
+        "metasteps": scale.metasteps, "patience": 3, "rate": 0.3, "memory": 0.8, "hold": 0.33,
     }  # fmt: skip
     nulls = {"bm25": {"name": "bm25"}, "n-grams": ngrams, **alone}
     arms = {
         **nulls, "loss_diff": {"name": "loss_diff"}, "influence": {"name": "influence", "solver": "ekfac"},
-        "metagrad": {"name": "metagrad", "check": 0, **late}, "mgd": {**descent, "start": {"name": "loss_diff"}},
+        "metagrad": once, "metagrad-1e-8": rough, "mgd": {**descent, "start": once},
         "mgd-from-random": descent,
     }  # fmt: skip
     inside = np.array([row["domain"] in good for row in documents])

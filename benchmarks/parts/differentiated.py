@@ -26,8 +26,9 @@ ALPHA = 0.5
 # Half of the way from the center to random halves: of .25 and .5 the better on R2-10 with MNIST, on its reported
 # targets, so that world's figure is somewhat high; no other world had seen it.
 SPREAD = 0.5
-# Of R3: of 1e-7 to 1e-4 the best by 40 halves and 8 of the targets that choose; it is the mean square of its gradients.
-SMOOTH = {"recipe": {"eps_root": 1e-6}}
+# None, so that the scorer takes the mean square of a first gradient's entries: 1e-6, which of 1e-7 to 1e-4 was the best
+# by 40 halves and 8 of the targets that choose.
+SMOOTH = {"recipe": {"eps_root": 0.0}}
 # Of R2-50's steps: of .1, .2 and .4 the best as `short`, and of .05, .2, .4 and .5 as good as any as `window`, by 16 of
 # the targets that choose.
 PART = 0.2
@@ -88,7 +89,7 @@ def smooth(world: Truth) -> list[Row]:
         training = Training(world.task, world.read(world.pool), np.arange(len(ids)), weights, world.recipe)
         start = time.perf_counter()
         value = float(np.mean([each.linearity for each in measure(Probe(training, read, h), 2)]))
-        found.append(row(world.case, OURS, f"smooth-{name}", "linearity", value, None, time.perf_counter() - start))
+        found.append(row(world.case, OURS, f"moved-{name}", "linearity", value, None, time.perf_counter() - start))
     return found
 
 

@@ -34,14 +34,14 @@ from assay.core.pool import Pool
 from assay.core.selection import Selection
 from assay.core.task import Encoded, Task
 from assay.train import loop
-from assay.train.recipe import EPS_ROOT, Recipe
+from assay.train.recipe import Recipe
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 CASES = ("R0", "R1", "R2", "R3")
 # Epochs of the variants of R2 without dropout, halves as data weights of 0 and 1, for exact derivatives.
 LONG = {"R2-10": 10, "R2-50": 50}
-# Under a smaller root AdamW's first steps, whose moments are of themselves alone, are steps of a sign.
-DECODERS = {"R3": EPS_ROOT, "R3-smooth": 1e-6}
+# eps_root. Far below the mean square of gradients, the first steps, whose moments are of themselves alone, are signs.
+DECODERS = {"R3": 1e-8, "R3-smooth": 1e-6}
 
 
 @dataclass

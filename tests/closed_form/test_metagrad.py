@@ -18,8 +18,9 @@ from assay.core.selection import Selection
 from assay.measure import Measurer
 from assay.numerics.curvature import slopes
 from assay.scorers.metagrad import around
+from assay.train import loop
 from assay.train.bank import subsets
-from assay.train.models import Classifier
+from assay.train.models import Classifier, first_weights
 from assay.train.recipe import Recipe
 from assay.train.replay import Training, metagradient
 from helpers import language, prepared, text_pool, vector_pool
@@ -77,6 +78,30 @@ def test_masks_are_the_mean_of_trainings_around_the_center(world: Any, center: f
     weights = [center * (1 + spread * (2 * x.astype(float) - 1)) for x in (first, ~first, third)]
     want = np.mean([-direct(*world, center=w)[0] for w in weights], axis=0)
     assert np.allclose(found.values, want, rtol=1e-9, atol=1e-12)
+
+
+def test_adamw_without_a_root_has_that_of_its_first_gradient(tmp_path: Path) -> None:
+    """To two digits of the mean square of its entries but zeros, clipped, of what may be trained on; a root that is
+    given stays."""
+    pool, target = text_pool(12), text_pool(4, seed=3)
+    barred = pool.ids[:3]
+    task, encoded = language(pool, tmp_path / "pool", width=8, vocab=280, context=12)
+    recipe = Recipe(steps=4, terms_per_step=60, lr=0.01, optimiser="adamw", clip=0.05)
+    params = {n: p.requires_grad_() for n, p in first_weights(task, recipe.seed, torch.float32).items()}
+    rows = np.arange(3, 12)
+    batch = rows[next(loop.steps(recipe, Selection.everything(pool.ids[rows]), encoded.sizes[rows]))]
+    nll, mask = task.terms(params, encoded.inputs(batch))
+    grads = torch.autograd.grad((nll * mask).sum() / recipe.terms_per_step, list(params.values()))
+    entries = torch.cat([g.reshape(-1) for g in grads])
+    assert (entries == 0).sum() > 100 and entries.norm() > 2 * recipe.clip
+    root = float((entries[entries != 0] * recipe.clip / entries.norm()).square().mean())
+    found = table(tmp_path / "none", task, pool, target, recipe, barred)
+    said = found.meta["notes"]["metagrad: eps_root"]["eps_root"]
+    assert said == pytest.approx(root, rel=0.05) and said == float(f"{said:.1e}")
+    given = table(tmp_path / "given", task, pool, target, recipe.model_copy(update={"eps_root": said}), barred)
+    other = table(tmp_path / "other", task, pool, target, recipe.model_copy(update={"eps_root": 100 * said}), barred)
+    assert np.array_equal(found.values, given.values) and not np.allclose(found.values, other.values, rtol=0.05)
+    assert "metagrad: eps_root" not in given.meta["notes"]
 
 
 def test_a_spread_of_no_masks_is_refused(world: Any) -> None:

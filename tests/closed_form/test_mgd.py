@@ -24,7 +24,7 @@ from assay.report import curves
 from assay.report.page import _faults
 from assay.scorers.mgd import _Descent, _Seen, balance
 from assay.summary import _curves
-from assay.train import loop, replay
+from assay.train import loop, optim, replay
 from assay.train.additions import Additions
 from assay.train.descent import Multiset, places
 from assay.train.models import Classifier, first_weights
@@ -127,9 +127,10 @@ def test_an_addition_equals_training_with_a_little_of_it(name: str, tmp_path: Pa
     np.testing.assert_allclose(found, seen, rtol=1e-6)
 
 
-def test_a_step_that_holds_no_copy_is_reversed_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_that_holds_no_copy_is_reversed_too(name: str, tmp_path: Path) -> None:
     """What is added there still has its derivative: central differences."""
-    training, encoded, asked = multiset(tmp_path, RECIPES["momentum"])
+    training, encoded, asked = multiset(tmp_path, RECIPES[name])
     batches = [b if step != 7 else b[:0] for step, b in enumerate(training.batches)]
     object.__setattr__(training, "batches", batches)
     rows, zeta, h, since = np.array([3, 25]), np.array([1.0, -0.5]), 1e-5, 7
@@ -463,7 +464,8 @@ def test_metasteps_that_vary_have_trainings_of_their_own(
 def test_descent_can_go_on_from_the_scoring_models(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each metastep from the next model; the first loss is that of a training that begins there."""
+    """Each metastep from the first model; the first loss is that of a training that begins there, under the root of a
+    gradient of that model."""
     begun: list[Multiset] = []
     whole = _Descent.training
 
@@ -475,9 +477,16 @@ def test_descent_can_go_on_from_the_scoring_models(
     models = [first_weights(world.task, 40 + k, torch.float32) for k in range(2)]
     measurer = world.measurer(tmp_path / "one")
     measurer.models = models
-    table = measurer.table(mgd(**{**OPTIONS, "metasteps": 2, "check": 0}, begin="model"))
-    for one, model in zip(begun[-3:], (models[0], models[1], models[0]), strict=True):
-        assert all(torch.equal(one.first[name], p) for name, p in model.items())
+    recipe = {**RECIPE, "optimiser": "adamw", "lr": 0.01}
+    table = measurer.table(mgd(**{**OPTIONS, "metasteps": 2, "check": 0, "recipe": recipe}, begin="model"))
+    for one in begun[-3:]:
+        assert all(torch.equal(one.first[name], p) for name, p in models[0].items())
+    encoded, chosen = measurer.encoded(world.pool), Selection.everything(np.sort(world.pool.ids))
+    rows, own = np.argsort(world.pool.ids, kind="stable"), begun[-1].recipe
+    batch = next(loop.steps(own, chosen, encoded.sizes[rows]))
+    grads, _ = loop.gradient(world.task, models[0], encoded, rows[batch], np.ones(len(batch)), own.terms_per_step)
+    entries = flat(optim.clip(grads, own.clip)).double()
+    assert own.eps_root == float(f"{float((entries[entries != 0] ** 2).mean()):.1e}")
     state = begun[-3].run(begun[-3].initial(), 0)
     asked = measurer.encoded(world.target).inputs(np.arange(len(world.target)))
     with torch.no_grad():
@@ -486,6 +495,13 @@ def test_descent_can_go_on_from_the_scoring_models(
     held = round(0.2 * len(losses))
     mean = (row["hold"] * held + row["select"] * (len(losses) - held)) / len(losses)
     assert mean == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_descent_from_a_model_that_is_not_there_is_refused(world: World, tmp_path: Path) -> None:
+    measurer = world.measurer(tmp_path / "run")
+    measurer.models = []
+    with pytest.raises(InputError, match="there is no scoring model"):
+        measurer.table(mgd(**OPTIONS, begin="model"))
 
 
 class Stopped(Exception):

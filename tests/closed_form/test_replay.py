@@ -17,7 +17,7 @@ from assay.core.errors import InputError
 from assay.core.selection import Selection
 from assay.numerics.curvature import slopes
 from assay.numerics.tree import Tree, cuts, exact_costs
-from assay.train import loop, replay
+from assay.train import adjoint, loop, replay
 from assay.train.models import Classifier
 from assay.train.recipe import Recipe
 from assay.train.replay import Metagradient, Training, metagradient
@@ -199,6 +199,14 @@ def test_dropout_is_differentiated_as_the_steps_drew_it(tmp_path: Path) -> None:
     found = metagradient(training, objective(training, losses))
     close(found.weights, unrolled(training, losses), 1e-10)
     close(found.weights[:3], differences(training, losses, [0, 1, 2]), 1e-5)
+
+
+@pytest.mark.parametrize("stretch", [1, 7, 40])
+def test_adamw_is_handed_back_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
+    training, losses = perceptron(tmp_path, Recipe(steps=5, terms_per_step=6, **KINDS["adamw"]))
+    whole = metagradient(training, objective(training, losses))
+    monkeypatch.setattr(adjoint, "STRETCH", stretch)
+    close(metagradient(training, objective(training, losses)).weights, whole.weights, 1e-14)
 
 
 def test_frozen_parameters_stay_and_have_no_say(tmp_path: Path) -> None:

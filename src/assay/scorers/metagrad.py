@@ -25,7 +25,7 @@ from assay.core.method import (
 )
 from assay.core.pool import among
 from assay.train import finite
-from assay.train.recipe import Recipe, overlaid
+from assay.train.recipe import overlaid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +73,10 @@ class Metagrad(Scorer):
         steps (4 unless `insert` says more). For the mean target the score is divided by n_i, as what fills a budget of
         terms should be; rows that contain target items are not trained on and score 0 for their visits. window = m runs
         back through the last m steps alone. phases = P adds a column for each of P equal spans of time: the utility of
-        one visit there, n_i and all (mean target only). AdamW gets eps_root = 1e-8 where it has none; dropout stays
-        as the step drew it. `check` finite differences, along random directions over all weights, are noted beside the
-        derivatives: where they differ, training is not smooth at that scale and scores foretell little
+        one visit there, n_i and all (mean target only). AdamW gets an eps_root where it has none, the mean square of a
+        first gradient's entries (far below, its first steps are signs, whose derivative foretells little); dropout
+        stays as the step drew it. `check` finite differences, along random directions over all weights, are noted
+        beside the derivatives: where they differ, training is not smooth at that scale and scores foretell little
     """
 
     center: Positive = 1.0
@@ -150,9 +151,6 @@ class Metagrad(Scorer):
         whole = steps.mean(axis=0) / (state.sizes[where][:, None] if self.targets == "mean" else 1)
         return np.hstack([whole, *(steps if self.phases > 1 else [])])
 
-    def _recipe(self, context: Context) -> Recipe:
-        return overlaid("metagrad", context.recipe, self.recipe, smooth=True)
-
     def _trainings(self, context: Context, rows: np.ndarray) -> list[Training]:
         """One for each model and mask."""
         import torch
@@ -160,8 +158,9 @@ class Metagrad(Scorer):
         from assay.core.selection import Selection
         from assay.train.bank import subsets
         from assay.train.replay import Training
+        from assay.train.root import rooted
 
-        recipe, ids, encoded = self._recipe(context), context.pool.ids[rows], context.encoded(context.pool)
+        ids, encoded = context.pool.ids[rows], context.encoded(context.pool)
         weights = [np.full(len(ids), self.center)]
         if self.spread < 1 and not self.masks:
             raise InputError(
@@ -173,6 +172,7 @@ class Metagrad(Scorer):
             drawn = subsets(ids, self.masks, share, int(digest("metagrad", context.seed)[:8], 16))
             weights = list(around(drawn, self.center, self.spread))
         dtype = getattr(torch, self.precision)
+        recipe = rooted(context, "metagrad", overlaid("metagrad", context.recipe, self.recipe), rows)
         return [
             Training(
                 context.task,

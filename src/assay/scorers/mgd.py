@@ -75,9 +75,9 @@ class Mgd(Scorer):
         first weights and an order of its own, so that with memory the mean is one over them too; losses on what is held
         out are then of several seeds, whose luck may decide which counts are the best. What was trained from first
         weights on a small multiset alone answers to whatever it has not learnt by heart, and hardly tells examples
-        apart; begin = 'model' goes on from a scoring model (the next one at each metastep), by few steps of a small
-        rate: give both in `recipe`. `check` finite differences of the first metastep, along random directions over all
-        additions that one model scores, are noted beside its derivative
+        apart; begin = 'model' goes on from the first scoring model, by few steps of a small rate: give both in
+        `recipe`. That model has seen the pool already: folds say nothing then. `check` finite differences of the first
+        metastep, along random directions over all additions that one model scores, are noted beside its derivative
     """
 
     start: Scorer | None = None
@@ -223,10 +223,11 @@ class _Descent:
     selects: np.ndarray
     holds: np.ndarray
     """Ids of the target."""
-    metastep: int = 0
 
     @classmethod
     def of(cls, method: Mgd, context: Context) -> _Descent:
+        from assay.train.root import rooted
+
         rows = np.argsort(context.pool.ids, kind="stable")
         ids, sizes = context.pool.ids[rows], context.encoded(context.pool).sizes[rows]
         free = ~np.isin(ids, context.barred)
@@ -243,19 +244,27 @@ class _Descent:
                 f"mgd: {len(order)} target examples cannot both choose and watch",
                 why=f"{method.hold:.0%} of them are held out, to say when to stop", fix="give more target examples",
             )  # fmt: skip
-        recipe = overlaid("mgd", context.recipe, method.recipe, smooth=True)
+        recipe = overlaid("mgd", context.recipe, method.recipe)
         if method.span(recipe) > recipe.steps or method.insert > method.span(recipe):
             raise InputError(
                 f"mgd: no window of {method.span(recipe)} steps with additions to {method.insert} of them",
                 why=f"training has {recipe.steps} steps", fix="lower insert or window",
             )  # fmt: skip
+        if method.begin == "model" and not context.models:
+            raise InputError(
+                "mgd: begin = 'model', and there is no scoring model", why="descent was to go on from the first one",
+                fix="train one (proxy.models = 1), or begin = 'scratch'",
+            )  # fmt: skip
         budget = method.share * float(sizes[free].sum())
+        start = context.models[0] if method.begin == "model" else None
+        recipe = rooted(context, "mgd", recipe, rows[free], start) if free.any() else recipe
         return cls(method, context, recipe, ids, rows, sizes, free, budget, order[held:], order[:held])
 
     def at(self, metastep: int) -> _Descent:
         """With the training of a metastep."""
-        seed = SEEDS + 1000 * self.recipe.seed + metastep
-        return replace(self, recipe=self.recipe.with_seed(seed) if self.method.vary else self.recipe, metastep=metastep)
+        if not self.method.vary:
+            return self
+        return replace(self, recipe=self.recipe.with_seed(SEEDS + 1000 * self.recipe.seed + metastep))
 
     def first(self) -> np.ndarray:
         """Counts of the start: the best by its scores, or the first of a keyed draw, while they fit in the budget."""
@@ -324,7 +333,7 @@ class _Descent:
     @property
     def start(self) -> dict[str, Tensor] | None:
         models = self.context.models
-        return models[self.metastep % len(models)] if self.method.begin == "model" else None
+        return models[0] if self.method.begin == "model" else None
 
     def audited(self, counts: np.ndarray) -> set[str]:
         """Parameters whose gradients have no rule."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from assay.train.optim import State
 from assay.train.recipe import Recipe
 
-# Numbers of a parameter that are handed back at a time: a dozen arrays of so many fit in a core's cache.
+# Numbers of a parameter, of all targets, that are handed back at a time: a dozen arrays of so many fit in a core's
+# cache.
 STRETCH = 2**16
 
 
@@ -81,18 +82,21 @@ def update_back(
 def _adamw_back(
     recipe: Recipe, grads: list[Tensor], state: State, step: int, after: Adjoint, lr: float
 ) -> tuple[list[Tensor], Adjoint]:
-    push, means, squares = ([torch.empty_like(a) for a in after.params] for _ in range(3))
+    push, means, squares = (
+        [torch.empty_like(a, memory_format=torch.contiguous_format) for a in after.params] for _ in range(3)
+    )
+    size = max(1, STRETCH // max(1, len(after.params[0])))
     made = zip(push, means, squares, strict=True)
     given = zip(
         grads, state["mean"], state["square"], after.params, after.slots["mean"], after.slots["square"], strict=True
     )
-    # Elementwise, a stretch at a time: ten arrays are read or written once each, all between stays in the cache.
+    # Elementwise, a stretch at a time: nine arrays are read or written once each, all between stays in the cache.
     for (g, mean, square, *asked), found in zip(given, made, strict=True):
         flat = [x.reshape(-1) for x in (g, mean, square)]
         wide = [x.reshape(len(x), -1) for x in asked]
         into = [x.view(len(x), -1) for x in found]
-        for at in range(0, g.numel(), STRETCH):
-            part = slice(at, at + STRETCH)
+        for at in range(0, g.numel(), size):
+            part = slice(at, at + size)
             _adamw_part(
                 recipe, step, lr, [x[part] for x in flat], [x[:, part] for x in wide], [x[:, part] for x in into]
             )
@@ -109,7 +113,9 @@ def _adamw_part(
     one, two = 1 - b1**t, 1 - b2**t
     root = torch.mul(square, b2).addcmul_(g, g, value=1 - b2).div_(two).add_(recipe.eps_root).sqrt_()
     divisor = root + recipe.eps
+    flat = root == 0  # where eps_root is 0 in this precision and nothing was seen: its slope is taken as 0
     bend = torch.lerp(mean, g, 1 - b1).mul_(lr / (2 * one * two)).div_(root.mul_(divisor).mul_(divisor))
+    bend.masked_fill_(flat, 0.0)
     torch.addcmul(square_a, bend, a, out=before_square)
     torch.addcdiv(mean_a, a, divisor, value=-lr / one, out=before_mean)
     torch.mul(before_square, g.mul(2 * (1 - b2)), out=push).add_(before_mean, alpha=1 - b1)

@@ -10,9 +10,6 @@ import pydantic
 from assay.core.errors import InputError
 from assay.core.method import Count, NonNegative, Positive
 
-# What AdamW gets as `eps_root` where it has none and its steps are to be differentiated.
-EPS_ROOT = 1e-8
-
 
 class Recipe(pydantic.BaseModel):
     """Optimiser, schedule, length and seed. The same Recipe and Selection give the same weights, bit for bit, on one
@@ -67,10 +64,10 @@ class Recipe(pydantic.BaseModel):
         return {name: value for name, value in plain.items() if name != "eps_root" or value}
 
 
-def overlaid(method: str, known: Recipe | None, own: dict[str, Any] | None, *, smooth: bool = False) -> Recipe:
+def overlaid(method: str, known: Recipe | None, own: dict[str, Any] | None) -> Recipe:
     """The recipe of a method's own trainings: the scoring models', with the keys of `own` laid over it.
 
-    With `smooth`, AdamW has an `eps_root`. Raises `InputError` where there is nothing to go by, or a key no recipe has.
+    Raises `InputError` where there is nothing to go by, or a key no recipe has.
     """
     if known is None and not own:
         raise InputError(
@@ -78,13 +75,10 @@ def overlaid(method: str, known: Recipe | None, own: dict[str, Any] | None, *, s
             fix="give it one: recipe = {steps = 300, lr = 0.1, optimiser = 'momentum'}",
         )  # fmt: skip
     try:
-        recipe = Recipe(**{**(known.model_dump() if known else {}), **(own or {})})
+        return Recipe(**{**(known.model_dump() if known else {}), **(own or {})})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise InputError(
             f"{method}: recipe.{first['loc'][0]} cannot be {first['input']!r}", why=first["msg"],
             fix="give keys of a recipe, such as {steps = 300, lr = 0.1, optimiser = 'momentum'}",
         ) from error  # fmt: skip
-    if smooth and recipe.optimiser == "adamw" and not recipe.eps_root:
-        recipe = recipe.model_copy(update={"eps_root": EPS_ROOT})
-    return recipe

@@ -75,7 +75,7 @@ class Training:
             raise InputError(
                 "AdamW without eps_root has no derivative",
                 why="its root bends without bound where gradients are near 0",
-                fix="recipe.eps_root = 1e-8",
+                fix="recipe.eps_root = the mean square of a first gradient's entries, such as 1e-6",
             )  # fmt: skip
 
     @cached_property

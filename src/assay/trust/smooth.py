@@ -41,7 +41,7 @@ ENOUGH = 0.98
 NO_ROOT = 1e-36
 HALVES = "as it is, to random halves"
 # Differentiated alone by the remedy of the window; the recipe's own decay is raised by the last.
-LAST, MORE_DECAY, EPS_ROOT = 10, 10.0, 1e-8
+LAST, MORE_DECAY, EPS_ROOT = 10, 10.0, 1e-6
 
 
 @dataclass(frozen=True)
