@@ -16,6 +16,10 @@ BEGIN, END = "<!-- figures of {case}: written by docs/metagradients.py -->", "<!
 CASES = ("R0", "R2-10", "R2-50", "R3", "R3-smooth")
 METRICS = {"lds_fixed": "LDS, the run itself", "lds_avg": "LDS, mean of seeds", "lds_leave_1pct": "LDS, 1% left out"}
 
+MOVES = {
+    "center-1": "of a tenth at weight 1", "center-alpha": "of a tenth at 1/2", "halves": "of a half, to halves",
+}  # fmt: skip
+
 
 def foretold(rows: list[Row], case: str) -> str:
     """One line a contestant, the best first."""
@@ -29,6 +33,30 @@ def foretold(rows: list[Row], case: str) -> str:
     for r in sorted(held, key=lambda r: -r["value"]):
         cells = [figure(own[r["method"], m]) if (r["method"], m) in own else "" for m in metrics]
         lines.append("| " + " | ".join([r["method"], *cells, f"{r['seconds']:.1f}"]) + " |")
+    moves = {k.partition("-")[2]: r["value"] for (k, metric), r in own.items() if metric == "linearity"}
+    if moves:
+        said = [f"{MOVES[name]} {value:.2f}" for name, value in moves.items()]
+        lines += ["", f"Linearity: {', '.join(said)}."]
+    return "\n".join(lines)
+
+
+DESCENT = {
+    "gain_over_random": "a random draw", "gain_over_best_null": "n-grams, the best that sees no gradient",
+    "gain_over_loss_diff": "`loss_diff`", "gain_over_influence": "influence (EK-FAC)",
+    "gain_over_metagrad": "one metagradient", "gain_over_mgd-from-random": "descent from a random start",
+    "gain_over_oracle": "the oracle: equal parts of the three; the clean ones",
+}  # fmt: skip
+
+
+def descent(rows: list[Row]) -> str:
+    """What `mgd` gains over others, in both worlds of text."""
+    own = {(r["case"], r["metric"]): r for r in rows if r["method"] == "mgd"}
+    best = {r["options"]["against"] for r in own.values() if r["metric"] == "gain_over_best_null" and r["options"]}
+    assert best <= {"n-grams", "loss"}, f"another null is the best: {best}"
+    lines = ["| gain of `mgd` over | three domains in equal parts | one domain, half of it shuffled |", "|---|---|---|"]
+    for metric, name in DESCENT.items():
+        cells = [figure(own[case, metric]) for case in ("mgd-mixture", "mgd-noisy-domain")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -48,6 +76,8 @@ def main() -> None:
     made = {case: foretold(rows, case) for case in CASES if any(r["case"] == case for r in rows)}
     if any(r["case"].startswith("cost-T") for r in rows):
         made["cost"] = costs(rows)
+    if any(r["case"] == "mgd-mixture" for r in rows):
+        made["descent"] = descent(rows)
     for case, table in made.items():
         text = replaced(text, BEGIN.format(case=case), END.format(case=case), table)
     page.write_text(text, encoding="utf-8")

@@ -67,16 +67,16 @@ class Metagrad(Scorer):
         averages over m trainings around it: of random subsets of the share center where spread = 1, and between center
         and such a subset by the share `spread`; of center >= 1, at weights of center (1 + spread) for a random half of
         the examples and center (1 - spread) for the others. Every second one is the mirror image of the one before, if
-        no weight is negative there. Two of spread .5 foretold retraining better than the center alone in the worlds
-        where they were compared, all of them trainings that are not smooth (LOG.md). Examples that training never
-        visits have no weight to differentiate: where there are any, or insert > 0, all are scored as additions to a few
-        steps (4 unless `insert` says more). For the mean target the score is divided by n_i, as what fills a budget of
-        terms should be; rows that contain target items are not trained on and score 0 for their visits. window = m runs
-        back through the last m steps alone. phases = P adds a column for each of P equal spans of time: the utility of
-        one visit there, n_i and all (mean target only). AdamW gets an eps_root where it has none, the mean square of a
-        first gradient's entries (far below, its first steps are signs, whose derivative foretells little); dropout
-        stays as the step drew it. `check` finite differences, along random directions over all weights, are noted
-        beside the derivatives: where they differ, training is not smooth at that scale and scores foretell little
+        no weight is negative there. Two of spread .5 foretold random halves better than the center alone in the worlds
+        where they were compared (LOG.md). Examples that training never visits have no weight to differentiate: where
+        there are any, or insert > 0, all are scored as additions to a few steps (4 unless `insert` says more). For the
+        mean target the score is divided by n_i, as what fills a budget of terms should be; rows that contain target
+        items are not trained on and score 0 for their visits. window = m runs back through the last m steps alone.
+        phases = P adds a column for each of P equal spans of time: the utility of one visit there, n_i and all (mean
+        target only). AdamW gets an eps_root where it has none, the mean square of a first gradient's entries (far
+        below, its first steps are signs, whose derivative foretells little); dropout stays as the step drew it. `check`
+        finite differences, along random directions over all weights, are noted beside the derivatives: where they
+        differ, training is not smooth at that scale and scores foretell little
     """
 
     center: Positive = 1.0
