@@ -11,10 +11,9 @@ mgd-digits  handwritten digits, a fifth of the labels wrong; the budget is seven
 Every arm is trained at the same seeds on the same number of terms, and judged on targets that chose nothing. Gains are
 of judged loss: `gain_over_random` over three random draws, `gain_over_best_null` over the best of what looks at no
 gradient (random, words, loss, one domain), `gain_over_METHOD` over another arm; intervals treat draws, seeds and
-targets as crossed random factors. `metagrad-1e-8` has that eps_root.
-Descent through documents goes on from the scoring model, with a seed of its own for every metastep.
-`flips_removed`: the share of wrong labels that descent does not end with, the mean
-over three descents whose starts, draws, held targets and trainings are their own.
+targets as crossed random factors. `metagrad-1e-8` has that eps_root. Descent through documents goes on from the scoring
+model, with a seed of its own for every metastep. `flips_removed`: the share of wrong labels that descent does not end
+with, the mean over three descents whose starts, draws, held targets and trainings are their own.
 """
 
 from __future__ import annotations

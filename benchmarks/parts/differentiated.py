@@ -11,6 +11,7 @@ a tenth and of moves to halves (METHODS 7.3, `assay verify --metasmooth`): wheth
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,6 @@ def masks(world: Truth) -> list[int]:
 
 def smooth(world: Truth) -> list[Row]:
     """Metasmoothness of the world's training: the mean linearity over two directions, each target for itself."""
-    import time
-
     from assay.core.selection import Selection
     from assay.numerics.curvature import reading
     from assay.train.replay import Training
@@ -118,11 +117,10 @@ def without_a_hundredth(contest: Contest, world: Truth, halves: int, workers: in
         path=world.folder / "bank", workers=workers,
     )["targets"][:, :, own]  # fmt: skip
     found, print_ = [], lds.fingerprint({"case": world.case, "share": 0.99}, masks_mn, values)
-    for contestant in of(world):
-        if not contestant.method.startswith("metagrad") or (OURS, contestant.method) not in contest.scored:
+    for (_, method), scores in contest.scored.items():
+        if not method.startswith("metagrad"):
             continue
-        scores = contest.scored[OURS, contestant.method]
         result = lds.score(masks_mn, scores.values.T, values, label="lds_fixed", fingerprint=print_)
         ci = [result.low, result.high]
-        found.append(row(world.case, OURS, contestant.method, "lds_leave_1pct", result.value, ci, scores.seconds))
+        found.append(row(world.case, OURS, method, "lds_leave_1pct", result.value, ci, scores.seconds))
     return found

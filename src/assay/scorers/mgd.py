@@ -223,6 +223,8 @@ class _Descent:
     selects: np.ndarray
     holds: np.ndarray
     """Ids of the target."""
+    start: dict[str, Tensor] | None = None
+    """In place of first weights."""
 
     @classmethod
     def of(cls, method: Mgd, context: Context) -> _Descent:
@@ -258,7 +260,7 @@ class _Descent:
         budget = method.share * float(sizes[free].sum())
         start = context.models[0] if method.begin == "model" else None
         recipe = rooted(context, "mgd", recipe, rows[free], start) if free.any() else recipe
-        return cls(method, context, recipe, ids, rows, sizes, free, budget, order[held:], order[:held])
+        return cls(method, context, recipe, ids, rows, sizes, free, budget, order[held:], order[:held], start)
 
     def at(self, metastep: int) -> _Descent:
         """With the training of a metastep."""
@@ -329,11 +331,6 @@ class _Descent:
             dtype=getattr(torch, method.precision), counts=counts[inside],
             passes=self.recipe.steps * self.recipe.terms_per_step / self.budget, share=made,
         )  # fmt: skip
-
-    @property
-    def start(self) -> dict[str, Tensor] | None:
-        models = self.context.models
-        return models[0] if self.method.begin == "model" else None
 
     def audited(self, counts: np.ndarray) -> set[str]:
         """Parameters whose gradients have no rule."""

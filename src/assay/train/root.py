@@ -37,12 +37,10 @@ def rooted(context: Context, name: str, recipe: Recipe, rows: np.ndarray, start:
     params, ids = start if start is not None else first_weights(task, recipe.seed), context.pool.ids[rows]
     batch = next(loop.steps(recipe, Selection.everything(ids), encoded.sizes[rows]))
     noise = loop.noise_keys(task, ids[batch], recipe.seed, 0)
-    grads, _ = loop.gradient(
-        task, params, encoded, rows[batch], np.ones(len(batch)), recipe.terms_per_step, noise
-    )  # fmt: skip
-    moved = set(loop.trainable(task, params))
-    own = optim.clip([g for n, g in zip(params, grads, strict=True) if n in moved], recipe.clip)
-    flat = torch.cat([g.reshape(-1) for g in own]).double()
+    grads, _ = loop.gradient(task, params, encoded, rows[batch], np.ones(len(batch)), recipe.terms_per_step, noise)
+    slope = dict(zip(params, grads, strict=True))
+    clipped = optim.clip([slope[n] for n in loop.trainable(task, params)], recipe.clip)
+    flat = torch.cat([g.reshape(-1) for g in clipped]).double()
     flat = flat[flat != 0]
     root = float(f"{float((flat * flat).mean()):.1e}") if len(flat) else LEAST
     if not np.isfinite(root):
@@ -50,7 +48,7 @@ def rooted(context: Context, name: str, recipe: Recipe, rows: np.ndarray, start:
             f"{name}: the first gradient is not finite", why="an example's loss or its slope is not",
             fix="mend the data or the first weights",
         )  # fmt: skip
-    context.spent(context.task.training_flops(encoded.sizes[rows], recipe.terms_per_step))
+    context.spent(task.training_flops(encoded.sizes[rows], recipe.terms_per_step))
     context.note(
         f"{name}: eps_root", f"{root:g}, {'the mean square of' if len(flat) else 'there being no'} entries of a first "
         "gradient: what is differentiated is training with it", eps_root=root,
