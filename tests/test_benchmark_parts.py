@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from assay.core.method import Context
 
 
 @pytest.fixture
@@ -115,7 +118,8 @@ def test_the_bank_is_of_the_training_that_a_metagradient_differentiates(parts, t
     if case != "R0" and not (truth.DATA / "domains" / "domains.parquet").exists():
         pytest.skip(f"no documents of many domains in {truth.DATA}")
     recipe = truth.build(case, tmp_path, quick=True).recipe
-    assert rooted(None, "metagrad", recipe, np.arange(3)) == recipe  # no context is asked: there is a root already
+    nobody = cast("Context", None)  # no context is asked: there is a root already
+    assert rooted(nobody, "metagrad", recipe, np.arange(3)) == recipe
     assert (recipe.optimiser == "adamw") == (recipe.eps_root > 0)
 
 
