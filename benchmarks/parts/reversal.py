@@ -3,8 +3,9 @@
     python -m benchmarks.parts.reversal [--quick]
 
 `train` is the trainer's own step (gradient, clipping, update). `step-only`: `reverse` with 1 target and with 16.
-`sqrt-1-target` and `log-1-target`: a whole sweep of 256 steps by the tree of 16 branches, less its training; and what
-the tree of two costs, by its exact number of restored steps at the price of a training step. `sqrt-16-targets`: as
+`sqrt-1-target`: whole sweeps of 256 steps by the tree of 16 branches, each in units of the whole trainings just before
+and after it, less 1 for its own. `log-1-target`: what the tree of two costs, by its exact number of restored steps at
+the price of a training step. `sqrt-16-targets`: as
 the last, a target. Memory, of a sweep of 2 or of 16 branches, in memory or on disk: `seen`, the most bytes of tensors
 alive at once, `formula` (parts/live.py), and `process`, by how much the process grows, with what its allocator keeps.
 bergson's `magic` is timed as a process, less its `train` of the same documents: as many steps of as many documents.
@@ -88,7 +89,6 @@ def rows(quick: bool, threads: int, python: Path | None = None) -> list[Row]:
 def _steps(place: World, folder: Path, steps: int, quick: bool) -> list[Row]:
     from assay.numerics.tree import exact_costs
     from assay.train.adjoint import Adjoint
-    from assay.train.replay import metagradient
     from assay.train.reverse import reverse
 
     made, inputs = training(place, folder, steps)
@@ -109,7 +109,7 @@ def _steps(place: World, folder: Path, steps: int, quick: bool) -> list[Row]:
 
     def back(count: int) -> Any:
         def turn() -> float:
-            reverse(made, state, 4, given[count])
+            reverse(made, state, 4, given[count])  # as in a sweep: its adjoint goes on to the next turn
             return 1.0
 
         return turn
@@ -124,10 +124,8 @@ def _steps(place: World, folder: Path, steps: int, quick: bool) -> list[Row]:
         told("step-only", pace["one"] / base, spent["one"]),
         told("step-only-16-targets", pace["many"] / base / TARGETS, spent["many"]),
     ]
-    start = time.perf_counter()
-    sweep = metagradient(made, slopes(made, inputs, 1))
-    seconds = time.perf_counter() - start
-    found.append(told("sqrt-1-target", np.array([seconds / steps / base - 1]), seconds))
+    ratios, sweep, seconds = _sweeps(made, inputs, 1 if quick else 3)
+    found.append(told("sqrt-1-target", ratios, seconds))
     again = sweep.restored / steps
     found.append(told("sqrt-16-targets", (pace["many"] / base + again) / TARGETS, spent["many"]))
     total, states = exact_costs(steps, 2)
@@ -135,6 +133,29 @@ def _steps(place: World, folder: Path, steps: int, quick: bool) -> list[Row]:
     found.append(told("log-1-target", pace["one"] / base + again, spent["one"]))
     counts = {"sqrt-restored": sweep.restored, "sqrt-states": sweep.peak, "log-restored": total, "log-states": states}
     return found + [row("metagrad", CASE, name, "count", np.array([float(v)]), 0.0) for name, v in counts.items()]
+
+
+def _sweeps(made: Any, inputs: Any, turns: int) -> tuple[np.ndarray, Any, float]:
+    """Whole sweeps between whole trainings, in turns: what each costs beside its own training, in trainings; the last
+    sweep, and seconds of all."""
+    from assay.train.replay import metagradient
+
+    def timed(work: Any) -> tuple[float, Any]:
+        start = time.perf_counter()
+        done = work()
+        return time.perf_counter() - start, done
+
+    def train() -> Any:
+        return made.run(made.initial(), 0)
+
+    trained, swept, sweep = [timed(train)[0]], [], None
+    for _ in range(turns):
+        sweep = None  # its pages are those of the next one
+        seconds, sweep = timed(lambda: metagradient(made, slopes(made, inputs, 1)))
+        swept.append(seconds)
+        trained.append(timed(train)[0])
+    beside = (np.array(trained[:-1]) + np.array(trained[1:])) / 2
+    return np.array(swept) / beside - 1, sweep, float(sum(swept))
 
 
 def _peaks(folder: Path, quick: bool) -> list[Row]:

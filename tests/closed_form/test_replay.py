@@ -209,6 +209,18 @@ def test_adamw_is_handed_back_in_stretches(tmp_path: Path, monkeypatch: pytest.M
     close(metagradient(training, objective(training, losses)).weights, whole.weights, 1e-14)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("targets", [1, 3])
+def test_slopes_that_an_objective_keeps_stay_as_they_are(tmp_path: Path, kind: str, targets: int) -> None:
+    """The adjoint changes in place, step by step: it is a copy of theirs."""
+    training, losses = perceptron(tmp_path, Recipe(steps=5, terms_per_step=6, **KINDS[kind]))
+    mine = objective(training, losses)(training.first)[:, :targets].contiguous()
+    before = mine.clone()
+    first = metagradient(training, lambda _: mine)
+    assert torch.equal(mine, before)
+    assert np.array_equal(metagradient(training, lambda _: mine).weights, first.weights)
+
+
 def test_frozen_parameters_stay_and_have_no_say(tmp_path: Path) -> None:
     training, losses = perceptron(tmp_path, Recipe(steps=10, terms_per_step=6, **KINDS["adamw"]))
     training.task.module.layers[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]

@@ -13,28 +13,26 @@ from torch import Tensor
 from assay.train.optim import State
 from assay.train.recipe import Recipe
 
-# Numbers of a parameter, of all targets, that are handed back at a time: a dozen arrays of so many fit in a core's
-# cache.
-STRETCH = 2**16
+# Numbers of a parameter that are handed back at a time, over 1 + k for k targets: what is at work then, some six arrays
+# of the parameter and six of each target, is a few MB. Timed at k = 1 and 16 (LOG.md).
+STRETCH = 2**18
 
 
 @dataclass(frozen=True)
 class Adjoint:
-    """d f / d(weights, moments) at one moment of training, for k targets f."""
+    """d f / d(weights, moments) at one moment of training, for k targets f. A reversed step turns what is after it into
+    what is before it in the same memory: of k targets a second one would be k states more."""
 
     params: list[Tensor]
     slots: State
 
     @classmethod
     def of(cls, recipe: Recipe, slopes: list[Tensor]) -> Adjoint:
-        """At the end of training: the slopes of f; the moments have no say any more."""
+        """At the end of training: a copy of the slopes of f; the moments have no say any more. In the one layout, and
+        aligned, as it is also read back: of another, a product may differ in its last bit."""
         names = {"sgd": (), "momentum": ("momentum",), "adamw": ("mean", "square")}[recipe.optimiser]
-        return cls(slopes, {name: [torch.zeros_like(p) for p in slopes] for name in names})
-
-    def contiguous(self) -> Adjoint:
-        """In the one layout in which it is also kept: of another, a product may differ in its last bit."""
-        slots = {name: [p.contiguous() for p in values] for name, values in self.slots.items()}
-        return Adjoint([p.contiguous() for p in self.params], slots)
+        params = [p.clone(memory_format=torch.contiguous_format) for p in slopes]
+        return cls(params, {name: [torch.zeros_like(p) for p in params] for name in names})
 
 
 def clip_back(grads: list[Tensor], limit: float, push: list[Tensor]) -> list[Tensor]:
@@ -58,57 +56,51 @@ def _wide(x: Tensor, like: Tensor) -> Tensor:
     return x.view(-1, *[1] * like.dim())
 
 
-def update_back(
-    recipe: Recipe, grads: list[Tensor], state: State, step: int, after: Adjoint
-) -> tuple[list[Tensor], Adjoint]:
+def update_back(recipe: Recipe, grads: list[Tensor], state: State, step: int, adjoint: Adjoint) -> list[Tensor]:
     """The adjoint of `optim.update`, with the clipped gradients and the state that it was given.
 
-    Returns the adjoint of those gradients, and that of weights and moments before the step, but for what reaches them
-    through the gradients. AdamW: with D = sqrt(v' + eps_root) + eps and v', m' the moments without their bias,
+    Returns the adjoint of those gradients; `adjoint` becomes that of weights and moments before the step, but for what
+    reaches them through the gradients. AdamW: with D = sqrt(v' + eps_root) + eps and v', m' the moments without their
+    bias,
         M = M+ - lr / ((1-b1^t) D) A,  V = V+ + lr m' / (2 D^2 sqrt(v' + eps_root) (1-b2^t)) A,
         gradients: (1-b1) M + 2 (1-b2) g V,  weights: (1 - lr wd) A,  moments: b1 M and b2 V.
     """
     lr, decay = recipe.rate(step), recipe.weight_decay
     if recipe.optimiser == "adamw":
-        return _adamw_back(recipe, grads, state, step, after, lr)
-    if recipe.optimiser == "sgd":
-        push = [-lr * a for a in after.params]
-        return push, Adjoint([(1 - lr * decay) * a for a in after.params], {})
-    push = [u - lr * a for a, u in zip(after.params, after.slots["momentum"], strict=True)]
-    params = [a + decay * u for a, u in zip(after.params, push, strict=True)]
-    return push, Adjoint(params, {"momentum": [recipe.momentum * u for u in push]})
+        push = _adamw_back(recipe, grads, state, step, adjoint, lr)
+    elif recipe.optimiser == "sgd":
+        push = [-lr * a for a in adjoint.params]
+    else:
+        moved = adjoint.slots["momentum"]
+        push = [u - lr * a for a, u in zip(adjoint.params, moved, strict=True)]
+        for a, u, own in zip(adjoint.params, push, moved, strict=True):
+            a.add_(u, alpha=decay)
+            torch.mul(u, recipe.momentum, out=own)
+        return push
+    for a in adjoint.params:
+        a.mul_(1 - lr * decay)
+    return push
 
 
 def _adamw_back(
-    recipe: Recipe, grads: list[Tensor], state: State, step: int, after: Adjoint, lr: float
-) -> tuple[list[Tensor], Adjoint]:
-    push, means, squares = (
-        [torch.empty_like(a, memory_format=torch.contiguous_format) for a in after.params] for _ in range(3)
-    )
-    size = max(1, STRETCH // max(1, len(after.params[0])))
-    made = zip(push, means, squares, strict=True)
-    given = zip(
-        grads, state["mean"], state["square"], after.params, after.slots["mean"], after.slots["square"], strict=True
-    )
-    # Elementwise, a stretch at a time: nine arrays are read or written once each, all between stays in the cache.
-    for (g, mean, square, *asked), found in zip(given, made, strict=True):
-        flat = [x.reshape(-1) for x in (g, mean, square)]
-        wide = [x.reshape(len(x), -1) for x in asked]
-        into = [x.view(len(x), -1) for x in found]
-        for at in range(0, g.numel(), size):
+    recipe: Recipe, grads: list[Tensor], state: State, step: int, adjoint: Adjoint, lr: float
+) -> list[Tensor]:
+    push = [torch.empty_like(a) for a in adjoint.params]
+    size = max(1, STRETCH // (1 + len(push[0])))
+    of_targets = zip(adjoint.params, adjoint.slots["mean"], adjoint.slots["square"], push, strict=True)
+    # Elementwise, a stretch at a time: every array is read and written once, all between stays in the cache.
+    for own, asked in zip(zip(grads, state["mean"], state["square"], strict=True), of_targets, strict=True):
+        flat = [x.reshape(-1) for x in own]
+        wide = [x.view(len(x), -1) for x in asked]
+        for at in range(0, len(flat[0]), size):
             part = slice(at, at + size)
-            _adamw_part(
-                recipe, step, lr, [x[part] for x in flat], [x[:, part] for x in wide], [x[:, part] for x in into]
-            )
-    params = [(1 - lr * recipe.weight_decay) * a for a in after.params]
-    return push, Adjoint(params, {"mean": means, "square": squares})
+            _adamw_part(recipe, step, lr, [x[part] for x in flat], [x[:, part] for x in wide])
+    return push
 
 
-def _adamw_part(
-    recipe: Recipe, step: int, lr: float, given: list[Tensor], asked: list[Tensor], into: list[Tensor]
-) -> None:
-    """Of `[m]` numbers of a parameter, its adjoints `[k, m]`: `into` has those of the gradient and of both moments."""
-    (g, mean, square), (a, mean_a, square_a), (push, before_mean, before_square) = given, asked, into
+def _adamw_part(recipe: Recipe, step: int, lr: float, own: list[Tensor], asked: list[Tensor]) -> None:
+    """Of `[m]` numbers of a parameter, its adjoints `[k, m]`: the last of `asked` becomes that of the gradient."""
+    (g, mean, square), (a, mean_a, square_a, push) = own, asked
     (b1, b2), t = recipe.betas, step + 1
     one, two = 1 - b1**t, 1 - b2**t
     root = torch.mul(square, b2).addcmul_(g, g, value=1 - b2).div_(two).add_(recipe.eps_root).sqrt_()
@@ -116,8 +108,8 @@ def _adamw_part(
     flat = root == 0  # where eps_root is 0 in this precision and nothing was seen: its slope is taken as 0
     bend = torch.lerp(mean, g, 1 - b1).mul_(lr / (2 * one * two)).div_(root.mul_(divisor).mul_(divisor))
     bend.masked_fill_(flat, 0.0)
-    torch.addcmul(square_a, bend, a, out=before_square)
-    torch.addcdiv(mean_a, a, divisor, value=-lr / one, out=before_mean)
-    torch.mul(before_square, g.mul(2 * (1 - b2)), out=push).add_(before_mean, alpha=1 - b1)
-    before_mean.mul_(b1)
-    before_square.mul_(b2)
+    square_a.addcmul_(bend, a)
+    mean_a.addcdiv_(a, divisor, value=-lr / one)
+    torch.mul(square_a, g.mul(2 * (1 - b2)), out=push).add_(mean_a, alpha=1 - b1)
+    mean_a.mul_(b1)
+    square_a.mul_(b2)

@@ -201,9 +201,9 @@ def metagradient(
 
     Memory, with P the bytes of the trained weights, S = P (1 + slots) those of a state and k targets: N S + k S + P + W
     at the most, for N = `exact_costs(T, branch)[1]` states (with a `path` those of one child alone: the tree's first
-    level is on disk), the adjoint, the trained weights, and one reversed step: W is another adjoint k S, twice k P on
-    their way to a clipped gradient, and the graphs of all its micro-batches. The first state, where it is in memory,
-    has the training's own weights: P less.
+    level is on disk), the adjoint, the trained weights, and one reversed step: W is twice k P on their way to a clipped
+    gradient, and the graphs of all its micro-batches. The first state, where it is in memory, has the training's own
+    weights: P less.
     Raises `InputError` when training diverges, or when a state that is restored is not the one that was trained.
     """
     sweep = _Sweep(training, objective, branch or _root(training.recipe.steps - since), since, phases, sorted(pushes),
@@ -228,7 +228,7 @@ class _Sweep:
     prints: dict[int, str] = field(default_factory=dict)
     """Hashes of the weights before each step, of the first run."""
     adjoint: Adjoint = field(init=False)
-    """After the step that is reversed next."""
+    """After the step that is reversed next, which changes it in place."""
     asked: str = ""
     """The key of what is kept on the way back: of the run and of the slopes that it began from."""
 
@@ -259,8 +259,7 @@ class _Sweep:
         found = Metagradient(np.zeros((self.phases, n, slopes.shape[1])), {}, final)
         like = [final[n] for n in self.training.moved]
         parts = slopes.split([p.numel() for p in like])
-        given = [s.T.reshape(-1, *p.shape).contiguous() for s, p in zip(parts, like, strict=True)]
-        # The one name that it has: each reversed step lets go of the adjoint after it.
+        given = [s.T.reshape(-1, *p.shape) for s, p in zip(parts, like, strict=True)]
         self.adjoint = Adjoint.of(self.training.recipe, given)
         del slopes, parts, given
         self._backward(found, starts)
@@ -364,7 +363,6 @@ class _Sweep:
     def _visit(self, found: Metagradient, state: State, step: int) -> None:
         steps = self.training.recipe.steps
         back = reverse(self.training, state, step, self.adjoint)
-        self.adjoint = back.adjoint.contiguous()
         phase = self.training.phase(step, self.since, self.phases)
         np.add.at(found.phases[phase], self.training.batches[step], back.weights)
         if step in self.wanted:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 class Back:
     """What one reversed step gives."""
 
-    adjoint: Adjoint
-    """Before the step."""
     weights: np.ndarray
     """d f / d w of the examples of the step, `[b, k]` float64."""
     push: list[Tensor]
@@ -36,8 +34,9 @@ class Back:
 
 @differentiable_twice()
 @sdpa_kernel(SDPBackend.MATH)  # the one form of attention that has second derivatives
-def reverse(training: Training, state: State, step: int, after: Adjoint) -> Back:
+def reverse(training: Training, state: State, step: int, adjoint: Adjoint) -> Back:
     """One step of training backwards: one gradient with its graph, then one product with the Hessian for each target.
+    The adjoint is that after the step, and becomes that before it.
 
     With g = (1/T) sum_i w_i n_i grad loss_i and a = d f/d g: d f/d w_i = (n_i/T) <grad loss_i, a>, and weights before
     the step get grad <g, a> besides what `update_back` hands them.
@@ -48,13 +47,13 @@ def reverse(training: Training, state: State, step: int, after: Adjoint) -> Back
     for part in parts[1:]:
         total = [t + g.detach() for t, g in zip(total, part.grads, strict=True)]
     clipped = optim.clip(total, recipe.clip)
-    push, before = update_back(recipe, clipped, state.slots, step, after)
+    push = update_back(recipe, clipped, state.slots, step, adjoint)
     push = clip_back(total, recipe.clip, push)
     dots = np.zeros((len(batch), len(push[0])))
     while parts:
         part = parts.pop()
-        dots[part.block] = part.back(push, before.params, training.together).T.double().numpy()
-    return Back(before, dots, push)
+        dots[part.block] = part.back(push, adjoint.params, training.together).T.double().numpy()
+    return Back(dots, push)
 
 
 @dataclass
