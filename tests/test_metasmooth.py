@@ -117,7 +117,7 @@ def test_the_page_and_the_findings_say_it(whole: tuple[Path, dict[str, Any]]) ->
 
 def test_what_is_tried_is_what_the_recipe_and_the_task_allow() -> None:
     def names(task: Any, **recipe: Any) -> dict[str, smooth.Variant]:
-        return {v.name: v for v in smooth.variants(task, Recipe(**{"steps": 40, **recipe}), 1.0, 0.1)}
+        return {v.name: v for v in smooth.variants(task, Recipe(**{"steps": 40, **recipe}), 1.0, 0.1, 3e-5)}
 
     plain = names(Classifier(), optimiser="sgd", clip=0.0, weight_decay=0.0)
     assert set(plain) == {
@@ -130,7 +130,9 @@ def test_what_is_tried_is_what_the_recipe_and_the_task_allow() -> None:
         "eps_root", "ten times the weight decay", "no clipping", "GELU for ReLU", "no dropout",
         "first weights of PyTorch",
     }  # fmt: skip
-    assert more["eps_root"].recipe.eps_root == 1e-6 and more["as it is"].recipe.eps_root == 0
+    assert names(Classifier(), eps_root=1e-8)["more eps_root"].recipe.eps_root == 3e-5
+    assert names(Classifier(), eps_root=1e-4)["more eps_root"].recipe.eps_root == 1e-2
+    assert more["eps_root"].recipe.eps_root == 3e-5 and more["as it is"].recipe.eps_root == 0
     assert more["GELU for ReLU"].task.activation == "gelu" and more["no dropout"].task.dropout == 0  # type: ignore[attr-defined]
     assert more["first weights of PyTorch"].task.first == "uniform"  # type: ignore[attr-defined]
     for name, variant in more.items():
@@ -148,11 +150,24 @@ def test_adamw_without_eps_root_is_measured_as_it_is(tmp_path: Path) -> None:
     # The trainer's own arithmetic, which has no root: bit for bit.
     task, pool = Classifier(inputs=5, hidden=(4,), classes=3), vector_pool(40)
     encoded, everything = prepared(task, pool, tmp_path / "pool"), Selection.everything(pool.ids)
-    variant = smooth.variants(task, Recipe(steps=6, **recipe), 1.0, 0.1)[0]
+    variant = smooth.variants(task, Recipe(steps=6, **recipe), 1.0, 0.1, 3e-5)[0]
     training = Training(task, encoded, np.arange(40), everything, variant.run)
     want = train(task, encoded, np.arange(40), everything, variant.recipe).params
     found = training.named(training.run(training.initial(), 0))
     assert all(torch.equal(found[name], p) for name, p in want.items())
+
+
+def test_the_root_that_is_tried_is_the_one_that_metagradients_take(tmp_path: Path) -> None:
+    from assay.train.root import mean_square
+
+    asked = study(proxy={"recipe": {"optimiser": "adamw", "lr": 0.01, "terms_per_step": 30}}, smooth={"directions": 1})
+    result = verify_study(asked, tmp_path / "run", workers=1, metasmooth=True)
+    task, ids = Classifier(hidden=(8,), activation="relu"), next(tmp_path.glob("run/steps/builtin-*"))
+    encoded = [task.encoded(p) for p in sorted(tmp_path.glob("run/steps/encode-*"))]
+    pool = next(e for e in encoded if len(e) == result["pool"]["used"])
+    recipe = Recipe(**asked.proxy.recipe.model_dump(exclude={"steps", "seed"}), steps=12, seed=seed_of(asked, 0))
+    root = mean_square(task, pool, Pool.open(ids / "pool").ids, np.arange(len(pool)), recipe)
+    assert rows(result)["eps_root"]["how"] == f"--set proxy.recipe.eps_root={root:g}" and 1e-6 < root < 1
 
 
 def test_a_killed_measurement_goes_on_from_the_trainings_it_has(

@@ -273,10 +273,9 @@ def _outlook(trust: Any) -> str:
 
 def show_smooth_intent(trust: Any) -> None:
     """What measuring metasmoothness is about to do."""
-    from assay.trust.smooth import variants
+    from assay.trust.smooth import asked
 
-    job, spec = trust.job, trust.job.study.smooth
-    count = len(variants(job.task, trust.recipe, spec.center, spec.h)) if spec.remedies else 1
+    job, spec, count = trust.job, trust.job.study.smooth, len(asked(trust))
     lines = [
         f"{len(job.pool):,} examples, {len(trust.target)} targets, trainings of {trust.recipe.steps} steps",
         f"{count} kind{'s' if count > 1 else ''} of training x (1 + 2 x {spec.directions} directions) = "

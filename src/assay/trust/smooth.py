@@ -41,7 +41,7 @@ ENOUGH = 0.98
 NO_ROOT = 1e-36
 HALVES = "as it is, to random halves"
 # Differentiated alone by the remedy of the window; the recipe's own decay is raised by the last.
-LAST, MORE_DECAY, EPS_ROOT = 10, 10.0, 1e-6
+LAST, MORE_DECAY, MORE_ROOT = 10, 10.0, 100.0
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,16 @@ class Variant:
         return self.recipe.model_copy(update={"eps_root": NO_ROOT}) if lacks else self.recipe
 
 
-def variants(task: Task, recipe: Recipe, center: float, h: float) -> list[Variant]:
+def variants(task: Task, recipe: Recipe, center: float, h: float, root: float) -> list[Variant]:
     """The training as it is first, then every single change that means something for it; and first of them how far a
-    line goes when examples are left out and not only moved: from data weights of a half to 0 and 1, a random half."""
+    line goes when examples are left out and not only moved: from data weights of a half to 0 and 1, a random half.
+    `root` is what metagradients take for AdamW's eps_root where there is none."""
     base = Variant("as it is", "", task, recipe, center, h)
     halves = dataclasses.replace(base, name=HALVES, how="center = 0.5 of metagrad", center=0.5, h=0.5)
-    return [base, halves, *_of_the_recipe(base), *_of_the_task(base)]
+    return [base, halves, *_of_the_recipe(base, root), *_of_the_task(base)]
 
 
-def _of_the_recipe(base: Variant) -> Iterator[Variant]:
+def _of_the_recipe(base: Variant, root: float) -> Iterator[Variant]:
     recipe, steps = base.recipe, base.recipe.steps
 
     def change(name: str, **keys: float) -> Variant:
@@ -91,7 +92,7 @@ def _of_the_recipe(base: Variant) -> Iterator[Variant]:
         yield change("twice the batch, half the steps", terms_per_step=2 * recipe.terms_per_step, steps=steps // 2)
         yield change("half the steps", steps=steps // 2)
     if recipe.optimiser == "adamw":
-        more = max(100 * recipe.eps_root, EPS_ROOT)
+        more = max(MORE_ROOT * recipe.eps_root, root)
         yield change("more eps_root" if recipe.eps_root else "eps_root", eps_root=more)
     name = "ten times the weight decay" if recipe.weight_decay else "weight decay"
     yield change(name, weight_decay=MORE_DECAY * recipe.weight_decay or 1e-2)
@@ -206,15 +207,26 @@ class _Place:
         return [_Item(self.variant, self.part, self.about["hash"], *end) for end in ends]
 
 
+def asked(trust: Trust) -> list[Variant]:
+    """What the study wants measured."""
+    from assay.train.root import LEAST, mean_square
+
+    job, spec, recipe = trust.job, trust.job.study.smooth, trust.recipe.with_seed(trust.seeds[0])
+    assert job.task is not None
+    if not spec.remedies:
+        return variants(job.task, recipe, spec.center, spec.h, LEAST)[:1]
+    encoded, root = job.task.encoded(job.encodings[job.pool.fingerprint]), LEAST
+    if recipe.optimiser == "adamw":
+        root = mean_square(job.task, encoded, job.pool.ids, np.arange(len(encoded)), recipe)
+    return variants(job.task, recipe, spec.center, spec.h, root if np.isfinite(root) else LEAST)
+
+
 def measured(trust: Trust) -> list[dict[str, Any]]:
     """A row for each variant: every figure with its spread over directions, and what the target's loss was.
 
     Each variant is a step of the run, and within it each training is kept as it ends.
     """
-    job, spec = trust.job, trust.job.study.smooth
-    assert job.task is not None
-    listed = variants(job.task, trust.recipe.with_seed(trust.seeds[0]), spec.center, spec.h)
-    listed = listed if spec.remedies else listed[:1]
+    job, spec, listed = trust.job, trust.job.study.smooth, asked(trust)
     pool, target = (job.encodings[p.fingerprint] for p in (job.pool, trust.target))
     bench = _Bench(job.pool.ids, pool, target, trust.spec.measure, job.study.seed)
     places = [_place(trust, variant) for variant in listed]
