@@ -70,20 +70,27 @@ class _Slopes(torch.autograd.Function):
         g = p * scale[:, None]
         g.scatter_add_(1, targets[:, None], -scale[:, None])
         ctx.save_for_backward(hidden, weight, bias, scale, p, g, targets)
+        ctx.set_materialize_grads(False)  # of a frozen readout nothing is asked
         return g @ weight, g.T @ hidden, None if bias is None else g.sum(dim=0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, scale, p, g, targets = ctx.saved_tensors
-        at_h, at_w = grads[0], grads[1]
-        a = torch.addmm(hidden @ at_w.T, at_h, weight.T)
-        if bias is not None:
-            a = a + grads[2]
+        at_h, at_w, at_b = grads
+        a = None if at_b is None else at_b.expand(len(hidden), -1).clone()
+        a = a if at_w is None else _plus(a, hidden, at_w.T)
+        a = a if at_h is None else _plus(a, at_h, weight.T)
+        assert a is not None  # one of the three is asked for
         # The mean of A under P, row by row; B comes of P (A - mean) in one more visit.
         mean = torch.bmm(p[:, None], a[:, :, None])[:, 0]
         to_scale = (mean - a.gather(1, targets[:, None]))[:, 0]
         b = a.sub_(mean).mul_(p).mul_(scale[:, None])
-        to_hidden = torch.addmm(g @ at_w, b, weight)
-        to_weight = torch.addmm(g.T @ at_h, b.T, hidden)
+        to_hidden = _plus(None if at_w is None else g @ at_w, b, weight)
+        to_weight = _plus(None if at_h is None else g.T @ at_h, b.T, hidden)
         return to_hidden, to_weight, None if bias is None else b.sum(dim=0), to_scale, None, None
+
+
+def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left right, in the place of the total: another array of all logits is one more visit to each."""
+    return left @ right if total is None else total.addmm_(left, right)
