@@ -129,7 +129,7 @@ def _steps(place: World, folder: Path, steps: int, quick: bool) -> list[Row]:
     again = sweep.restored / steps
     found.append(told("sqrt-16-targets", (pace["many"] / base + again) / TARGETS, spent["many"]))
     total, states = exact_costs(steps, 2)
-    again = (total - (steps - steps // 2)) / steps  # the first sweep is training's own
+    again = (total - (steps - 1)) / steps  # all but one of training's own steps are among them
     found.append(told("log-1-target", pace["one"] / base + again, spent["one"]))
     counts = {"sqrt-restored": sweep.restored, "sqrt-states": sweep.peak, "log-restored": total, "log-states": states}
     return found + [row("metagrad", CASE, name, "count", np.array([float(v)]), 0.0) for name, v in counts.items()]

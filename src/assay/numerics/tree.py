@@ -22,11 +22,26 @@ def cuts(low: int, high: int, branch: int) -> list[int]:
     return [low + (high - low) * j // parts for j in range(parts + 1)]
 
 
+def spine(low: int, high: int, branch: int) -> list[int]:
+    """Starts of what a first sweep leaves behind: of all children, and within the last one of its own, down to a step.
+    The tree visits those first, and would otherwise run their steps again.
+
+    >>> spine(0, 27, 3)
+    [0, 9, 18, 21, 24, 25, 26]
+    """
+    found = [low]
+    while high - low > 1:
+        ends = cuts(low, high, branch)
+        found += ends[1:-1]
+        low = ends[-2]
+    return found
+
+
 def exact_costs(steps: int, branch: int) -> tuple[int, int]:
     """Steps run to restore states, and states kept at once, of a tree over `steps` steps.
 
-    For steps = branch^h they are steps h (1 - 1/branch) and (branch - 1) h + 1. The first sweep is among the steps:
-    steps - steps/branch of them are those of training itself, if it leaves its states behind.
+    For steps = branch^h they are steps h (1 - 1/branch) and (branch - 1) h + 1. Training itself is among the steps: all
+    but one of its own, if it leaves the states of `spine` behind, no more than are kept later.
 
     >>> [exact_costs(t, k) for t, k in [(8, 2), (64, 4), (1024, 2), (4096, 8), (3125, 4)]]
     [(12, 4), (144, 10), (5120, 11), (14336, 29), (13734, 19)]

@@ -24,7 +24,7 @@ from assay.core.keys import digest
 from assay.core.progress import Progress
 from assay.core.selection import Selection
 from assay.core.task import Encoded, Params, Task
-from assay.numerics.tree import Tree, cuts
+from assay.numerics.tree import Tree, cuts, spine
 from assay.train import loop, optim
 from assay.train.adjoint import Adjoint
 from assay.train.models import first_weights
@@ -176,7 +176,7 @@ class Metagradient:
     final: dict[str, Tensor]
     """The trained weights."""
     restored: int = 0
-    """Steps that were run again to restore states; those of training are not among them."""
+    """Steps that were run again to restore states: `exact_costs(T, branch)[0]` less T - 1, unless a run was killed."""
     peak: int = 0
     """Most states kept at once, in memory or on disk."""
 
@@ -269,9 +269,11 @@ class _Sweep:
     # Forward.
 
     def _forward(self) -> tuple[list[tuple[int, State | None]], State]:
-        """States before the first-level children of the tree, None for those that are on disk; and the last one."""
+        """States before the tree's children, and before those of the last one; None for those that are on disk, of the
+        first level alone; and the last one."""
         training, steps = self.training, self.training.recipe.steps
         stops = cuts(self.since, steps, self.branch)[:-1]
+        below = set(spine(self.since, steps, self.branch)) - set(stops)
         starts: list[tuple[int, State | None]] = []
         state = training.initial()
         for stop in [*stops, steps] if self.path else []:
@@ -286,6 +288,8 @@ class _Sweep:
             if step in stops and (not starts or starts[-1][0] != step):
                 self._keep(f"state-{step}", step, state)
                 starts.append((step, None if self.path else state))
+            elif step in below:
+                starts.append((step, state))
             if step >= self.since:
                 self.prints[step] = self._print(state)
             state = training.advance(state, step)
