@@ -38,7 +38,7 @@ class Adjoint:
 def clip_back(grads: list[Tensor], limit: float, push: list[Tensor]) -> list[Tensor]:
     """The adjoint of `optim.clip` at the gradients that it was given.
 
-    With c = limit / |g| < 1: c (a - g <g, a> / (|g| (|g| + 1e-12))); a where nothing is clipped.
+    With c = limit / |g| < 1: c (a - g <g, a> / (|g| (|g| + 1e-12))), in the place of a; a where nothing is clipped.
     """
     if not limit:
         return push
@@ -46,9 +46,9 @@ def clip_back(grads: list[Tensor], limit: float, push: list[Tensor]) -> list[Ten
     scale = limit / (norm + 1e-12)
     if scale >= 1:
         return push
-    along = sum((g * a).flatten(1).sum(dim=1) for g, a in zip(grads, push, strict=True))
-    share = along / (norm * (norm + 1e-12))
-    return [scale * (a - g * _wide(share, g)) for g, a in zip(grads, push, strict=True)]
+    along = sum(a.flatten(1) @ g.flatten() for g, a in zip(grads, push, strict=True))
+    share = along * scale / (norm * (norm + 1e-12))
+    return [a.mul_(scale).sub_(g * _wide(share, g)) for g, a in zip(grads, push, strict=True)]
 
 
 def _wide(x: Tensor, like: Tensor) -> Tensor:
@@ -103,13 +103,13 @@ def _adamw_part(recipe: Recipe, step: int, lr: float, own: list[Tensor], asked: 
     (g, mean, square), (a, mean_a, square_a, push) = own, asked
     (b1, b2), t = recipe.betas, step + 1
     one, two = 1 - b1**t, 1 - b2**t
-    root = torch.mul(square, b2).addcmul_(g, g, value=1 - b2).div_(two).add_(recipe.eps_root).sqrt_()
+    root = torch.mul(square, b2 / two).addcmul_(g, g, value=(1 - b2) / two).add_(recipe.eps_root).sqrt_()
     divisor = root + recipe.eps
-    flat = root == 0  # where eps_root is 0 in this precision and nothing was seen: its slope is taken as 0
-    bend = torch.lerp(mean, g, 1 - b1).mul_(lr / (2 * one * two)).div_(root.mul_(divisor).mul_(divisor))
-    bend.masked_fill_(flat, 0.0)
-    square_a.addcmul_(bend, a)
+    bend = torch.lerp(mean, g, 1 - b1).div_(divisor).div_(divisor).div_(root)
+    if recipe.eps_root < torch.finfo(g.dtype).tiny:  # 0 in this precision: where nothing was seen its slope is 0
+        bend.masked_fill_(root == 0, 0.0)
+    square_a.addcmul_(bend, a, value=lr / (2 * one * two))
     mean_a.addcdiv_(a, divisor, value=-lr / one)
-    torch.mul(square_a, g.mul(2 * (1 - b2)), out=push).add_(mean_a, alpha=1 - b1)
+    torch.mul(mean_a, 1 - b1, out=push).addcmul_(square_a, g, value=2 * (1 - b2))
     mean_a.mul_(b1)
     square_a.mul_(b2)
