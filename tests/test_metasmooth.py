@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_adamw_without_eps_root_is_measured_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_root_that_is_tried_is_the_one_that_metagradients_take(tmp_path: Path) -> None:
-    from assay.train.root import mean_square
+    from assay.train.root import rooted
 
     asked = study(proxy={"recipe": {"optimiser": "adamw", "lr": 0.01, "terms_per_step": 30}}, smooth={"directions": 1})
     result = verify_study(asked, tmp_path / "run", workers=1, metasmooth=True)
@@ -166,8 +167,14 @@ def test_the_root_that_is_tried_is_the_one_that_metagradients_take(tmp_path: Pat
     encoded = [task.encoded(p) for p in sorted(tmp_path.glob("run/steps/encode-*"))]
     pool = next(e for e in encoded if len(e) == result["pool"]["used"])
     recipe = Recipe(**asked.proxy.recipe.model_dump(exclude={"steps", "seed"}), steps=12, seed=seed_of(asked, 0))
-    root = mean_square(task, pool, Pool.open(ids / "pool").ids, np.arange(len(pool)), recipe)
+    told: dict[str, Any] = {}
+    context: Any = SimpleNamespace(
+        task=task, pool=Pool.open(ids / "pool"), encoded=lambda _: pool, spent=lambda _: None,
+        note=lambda *_, **facts: told.update(facts),
+    )  # fmt: skip
+    root = rooted(context, "metagrad", recipe, np.arange(len(pool))).eps_root
     assert rows(result)["eps_root"]["how"] == f"--set proxy.recipe.eps_root={root:g}" and 1e-6 < root < 1
+    assert told == {"eps_root": root}
 
 
 def test_a_killed_measurement_goes_on_from_the_trainings_it_has(

@@ -6,6 +6,7 @@ is not among them, and differs from one to the next.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from assay.train.reverse import reverse
 
 def most(work: Callable[[], Any]) -> int:
     """The most bytes that `work` holds at any moment beyond those that were there before it began."""
+    gc.collect()  # what others left to be collected is not given back while `work` is measured
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         held = work()
     assert seen.profiler is not None and seen.profiler.kineto_results is not None

@@ -273,9 +273,9 @@ def _outlook(trust: Any) -> str:
 
 def show_smooth_intent(trust: Any) -> None:
     """What measuring metasmoothness is about to do."""
-    from assay.trust.smooth import asked
+    from assay.trust.smooth import listed
 
-    job, spec, count = trust.job, trust.job.study.smooth, len(asked(trust))
+    job, spec, count = trust.job, trust.job.study.smooth, len(listed(trust, root=1.0))
     lines = [
         f"{len(job.pool):,} examples, {len(trust.target)} targets, trainings of {trust.recipe.steps} steps",
         f"{count} kind{'s' if count > 1 else ''} of training x (1 + 2 x {spec.directions} directions) = "

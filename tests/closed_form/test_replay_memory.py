@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from assay.core.selection import Selection
+from assay.train.adjoint import Adjoint
 from assay.train.models import Classifier
 from assay.train.recipe import Recipe
 from assay.train.replay import Training, metagradient
+from assay.train.reverse import reverse
 from helpers import prepared, vector_pool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,6 +59,24 @@ def test_of_states_in_memory(live: Any, tmp_path: Path, kind: str, targets: int,
     seen = live.most(lambda: metagradient(made, ones(made, targets), branch=branch))
     said = live.foretold(made, branch, targets)
     assert abs(seen / said - 1) < 0.02, f"{seen} bytes, where the formula says {said}"
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_reversed_step_takes_the_adjoint_of_a_gradient_for_each_target(
+    live: Any, tmp_path: Path, kind: str, together: bool
+) -> None:
+    """Of weights and moments there is one adjoint, which changes in place; products that go together are there as well,
+    and what they are sums of."""
+    made = training(tmp_path, kind)
+    live.made_once(made)
+    made.__dict__["together"] = together
+    state, took = made.initial(), []
+    for targets in (4, 12):
+        given = Adjoint.of(made.recipe, [torch.ones(targets, *p.shape) for p in state.params])
+        took.append(live.most(lambda given=given: reverse(made, state, 1, given)))
+    each = (took[1] - took[0]) / 8 / live.size(state.params)
+    assert each < (4.1 if together else 1.1), f"{each:.2f} times the weights for each target"
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])

@@ -81,7 +81,8 @@ class _Slopes(torch.autograd.Function):
         a = None if at_b is None else at_b.expand(len(hidden), -1).clone()
         a = a if at_w is None else _plus(a, hidden, at_w.T)
         a = a if at_h is None else _plus(a, at_h, weight.T)
-        assert a is not None  # one of the three is asked for
+        if a is None:
+            return (None,) * 6
         # The mean of A under P, row by row; B comes of P (A - mean) in one more visit.
         mean = torch.bmm(p[:, None], a[:, :, None])[:, 0]
         to_scale = (mean - a.gather(1, targets[:, None]))[:, 0]
@@ -92,5 +93,4 @@ class _Slopes(torch.autograd.Function):
 
 
 def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """total + left right, in the place of the total: another array of all logits is one more visit to each."""
-    return left @ right if total is None else total.addmm_(left, right)
+    return left @ right if total is None else torch.addmm(total, left, right)

@@ -202,7 +202,9 @@ def metagradient(
     Memory, with P the bytes of the trained weights, S = P (1 + slots) those of a state and k targets: N S + k S + P + W
     at the most, for N = `exact_costs(T, branch)[1]` states (with a `path` those of one child alone: the tree's first
     level is on disk), the adjoint, the trained weights, and one reversed step: W is k P, the adjoint of a gradient, and
-    the graphs of all its micro-batches. The first state, where it is in memory, has the training's own weights: P less.
+    the graphs of all its micro-batches; where steps are small and targets go together (`Training.together`), three
+    times k P more. The first state, where it is in memory, has the training's own weights: P less. The objective finds
+    its slopes while N states are there, and may take k S + W for it.
     Raises `InputError` when training diverges, or when a state that is restored is not the one that was trained.
     """
     sweep = _Sweep(training, objective, branch or _root(training.recipe.steps - since), since, phases, sorted(pushes),

@@ -26,7 +26,7 @@ def mean_square(
     task: Task, encoded: Encoded, ids: np.ndarray, rows: np.ndarray, recipe: Recipe, start: Params | None = None
 ) -> float:
     """Of the entries of a first gradient, but for those that are 0, to two digits: of data weight 1, and clipped as the
-    recipe says. `LEAST` where all are 0, NaN or infinite where the gradient is.
+    recipe says. 0 where all are, NaN or infinite where the gradient is.
 
     The first moments of AdamW are of one step alone: its steps m / sqrt(v + eps_root) are signs where eps_root is far
     below those squares, and the derivative of a sign says nothing about what a finite change does. A small decoder with
@@ -41,7 +41,7 @@ def mean_square(
     clipped = optim.clip([slope[n] for n in loop.trainable(task, params)], recipe.clip)
     flat = torch.cat([g.reshape(-1) for g in clipped]).double()
     flat = flat[flat != 0]
-    return float(f"{float((flat * flat).mean()):.1e}") if len(flat) else LEAST
+    return float(f"{float((flat * flat).mean()):.1e}") if len(flat) else 0.0
 
 
 def rooted(context: Context, name: str, recipe: Recipe, rows: np.ndarray, start: Params | None = None) -> Recipe:
@@ -59,8 +59,11 @@ def rooted(context: Context, name: str, recipe: Recipe, rows: np.ndarray, start:
             fix="mend the data or the first weights",
         )  # fmt: skip
     context.spent(task.training_flops(encoded.sizes[rows], recipe.terms_per_step))
+    said = "the mean square of" if root else "there being no"
+    root = root or LEAST
     context.note(
-        f"{name}: eps_root", f"{root:g}, the mean square of entries of a first gradient: what is differentiated is "
-        "training with it", eps_root=root,
-    )  # fmt: skip
+        f"{name}: eps_root",
+        f"{root:g}, {said} entries of a first gradient: what is differentiated is training with it",
+        eps_root=root,
+    )
     return recipe.model_copy(update={"eps_root": root})

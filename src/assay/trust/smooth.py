@@ -40,7 +40,7 @@ ENOUGH = 0.98
 # In the place of no eps_root, which has no derivative: too small to change a bit of an update in float32.
 NO_ROOT = 1e-36
 HALVES = "as it is, to random halves"
-# Differentiated alone by the remedy of the window; the recipe's own decay is raised by the last.
+# A part of the steps that the remedy of the window differentiates alone; the recipe's own decay and root times these.
 LAST, MORE_DECAY, MORE_ROOT = 10, 10.0, 100.0
 
 
@@ -66,7 +66,7 @@ class Variant:
 def variants(task: Task, recipe: Recipe, center: float, h: float, root: float) -> list[Variant]:
     """The training as it is first, then every single change that means something for it; and first of them how far a
     line goes when examples are left out and not only moved: from data weights of a half to 0 and 1, a random half.
-    `root` is what metagradients take for AdamW's eps_root where there is none."""
+    `root`: an eps_root for AdamW at least, `train.root.mean_square` as metagradients take it where there is none."""
     base = Variant("as it is", "", task, recipe, center, h)
     halves = dataclasses.replace(base, name=HALVES, how="center = 0.5 of metagrad", center=0.5, h=0.5)
     return [base, halves, *_of_the_recipe(base, root), *_of_the_task(base)]
@@ -207,18 +207,18 @@ class _Place:
         return [_Item(self.variant, self.part, self.about["hash"], *end) for end in ends]
 
 
-def asked(trust: Trust) -> list[Variant]:
-    """What the study wants measured."""
+def listed(trust: Trust, root: float | None = None) -> list[Variant]:
+    """What the study wants measured; with a `root` at hand, such as any where they are only counted, none is found."""
     from assay.train.root import LEAST, mean_square
 
     job, spec, recipe = trust.job, trust.job.study.smooth, trust.recipe.with_seed(trust.seeds[0])
     assert job.task is not None
-    if not spec.remedies:
-        return variants(job.task, recipe, spec.center, spec.h, LEAST)[:1]
-    encoded, root = job.task.encoded(job.encodings[job.pool.fingerprint]), LEAST
-    if recipe.optimiser == "adamw":
+    if root is None and spec.remedies and recipe.optimiser == "adamw":
+        encoded = job.task.encoded(job.encodings[job.pool.fingerprint])
         root = mean_square(job.task, encoded, job.pool.ids, np.arange(len(encoded)), recipe)
-    return variants(job.task, recipe, spec.center, spec.h, root if np.isfinite(root) else LEAST)
+    usable = root is not None and 0 < root < math.inf  # what diverges at once is refused as it is measured
+    found = variants(job.task, recipe, spec.center, spec.h, root if usable and root else LEAST)
+    return found if spec.remedies else found[:1]
 
 
 def measured(trust: Trust) -> list[dict[str, Any]]:
@@ -226,10 +226,10 @@ def measured(trust: Trust) -> list[dict[str, Any]]:
 
     Each variant is a step of the run, and within it each training is kept as it ends.
     """
-    job, spec, listed = trust.job, trust.job.study.smooth, asked(trust)
+    job, spec, kinds = trust.job, trust.job.study.smooth, listed(trust)
     pool, target = (job.encodings[p.fingerprint] for p in (job.pool, trust.target))
     bench = _Bench(job.pool.ids, pool, target, trust.spec.measure, job.study.seed)
-    places = [_place(trust, variant) for variant in listed]
+    places = [_place(trust, variant) for variant in kinds]
     each = 1 + 2 * spec.directions
     job.progress.begin("smooth", each * len(places), "train at moved data weights")
     todo = [place for place in places if not place.done]
@@ -241,7 +241,7 @@ def measured(trust: Trust) -> list[dict[str, Any]]:
         left = [i for i in items if not _kept(i)]
         job.progress.skip(len(items) - len(left))
         for item, fault in zip(left, local.map(_train, bench, left, workers=job.workers), strict=True):
-            if fault and item.variant is listed[0]:
+            if fault and item.variant is kinds[0]:
                 raise InputError(fault.split(": ")[0], why="training diverged", fix="lower proxy.recipe.lr")
             faults |= {item.folder: fault} if fault else {}
             job.progress.advance()
