@@ -3,11 +3,11 @@
     python -m benchmarks.parts.reversal [--quick]
 
 `train` is the trainer's own step (gradient, clipping, update). `step-only`: `reverse` with 1 target and with 16.
-`sqrt-1-target`: whole sweeps of 256 steps by the tree of 16 branches, each in units of the whole trainings just before
-and after it, less 1 for its own. `log-1-target`: what the tree of two costs, by its exact number of restored steps at
-the price of a training step. `sqrt-16-targets`: as
-the last, a target. Memory, of a sweep of 2 or of 16 branches, in memory or on disk: `seen`, the most bytes of tensors
-alive at once, `formula` (parts/live.py), and `process`, by how much the process grows, with what its allocator keeps.
+`sqrt-1-target`: whole sweeps of 256 steps by the tree of 16 branches, each in units of a training whose steps go on in
+between, less 1 for its own. `log-1-target`: what the tree of two costs, by its exact number of restored steps at the
+price of a training step. `sqrt-16-targets`: as the last, a target. Memory, of a sweep of 2 or of 16 branches, in memory
+or on disk: `seen`, the most bytes of tensors alive at once, `formula` (parts/live.py), and `process`, by how much the
+process grows, with what its allocator keeps.
 bergson's `magic` is timed as a process, less its `train` of the same documents: as many steps of as many documents.
 """
 
@@ -136,26 +136,35 @@ def _steps(place: World, folder: Path, steps: int, quick: bool) -> list[Row]:
 
 
 def _sweeps(made: Any, inputs: Any, turns: int) -> tuple[np.ndarray, Any, float]:
-    """Whole sweeps between whole trainings, in turns: what each costs beside its own training, in trainings; the last
-    sweep, and seconds of all."""
+    """What whole sweeps cost beside their own training, in trainings; the last sweep, and seconds of all.
+
+    A training of its own goes on step by step in between, one for each step that is trained and reversed: a machine
+    that is shared is faster or slower from minute to minute.
+    """
+    from assay.core.progress import Progress
     from assay.train.replay import metagradient
 
-    def timed(work: Any) -> tuple[float, Any]:
-        start = time.perf_counter()
-        done = work()
-        return time.perf_counter() - start, done
+    class Beside(Progress):
+        seconds, done, at, state = 0.0, 0, 0, made.initial()
 
-    def train() -> Any:
-        return made.run(made.initial(), 0)
+        def advance(self, units: int = 1) -> None:
+            self.done += units
+            while self.at < self.done // 2:
+                start = time.perf_counter()
+                self.state = made.advance(self.state, self.at)
+                self.at += 1
+                self.seconds += time.perf_counter() - start
 
-    trained, swept, sweep = [timed(train)[0]], [], None
+    ratios, spent, sweep = [], 0.0, None
     for _ in range(turns):
-        sweep = None  # its pages are those of the next one
-        seconds, sweep = timed(lambda: metagradient(made, slopes(made, inputs, 1)))
-        swept.append(seconds)
-        trained.append(timed(train)[0])
-    beside = (np.array(trained[:-1]) + np.array(trained[1:])) / 2
-    return np.array(swept) / beside - 1, sweep, float(sum(swept))
+        beside, sweep = Beside(), None
+        start = time.perf_counter()
+        sweep = metagradient(made, slopes(made, inputs, 1), progress=beside)
+        seconds = time.perf_counter() - start - beside.seconds
+        assert beside.at == made.recipe.steps
+        ratios.append(seconds / beside.seconds - 1)
+        spent += seconds
+    return np.array(ratios), sweep, spent
 
 
 def _peaks(folder: Path, quick: bool) -> list[Row]:
