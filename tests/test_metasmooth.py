@@ -72,17 +72,23 @@ def rows(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in result["smooth"]["rows"]}
 
 
-def test_the_figures_are_those_of_the_trainings_themselves(whole: tuple[Path, dict[str, Any]]) -> None:
-    """By the same names, by hand: pool and target as a verification reads them, the first scoring model's seed."""
-    out, result = whole
-    found = rows(result)
+def reread(out: Path, result: dict[str, Any], asked: Any) -> tuple[Classifier, Pool, list[Any], Recipe]:
+    """The task, the pool, pool and target as a verification reads them, and the recipe of the first scoring model."""
     task = Classifier(hidden=(8,), activation="relu")
     encoded = [task.encoded(p) for p in sorted(out.glob("steps/encode-*"))]
-    pool = next(e for e in encoded if len(e) == result["pool"]["used"])
-    target = next(e for e in encoded if len(e) == 20)
-    ids = next(Pool.open(p / "pool").ids for p in out.glob("steps/builtin-*"))
-    assert len(ids) == len(pool)
-    recipe = Recipe(**study().proxy.recipe.model_dump(exclude={"steps", "seed"}), steps=12, seed=seed_of(study(), 0))
+    parts = [next(e for e in encoded if len(e) == count) for count in (result["pool"]["used"], 20)]
+    pool = next(Pool.open(p / "pool") for p in out.glob("steps/builtin-*"))
+    assert len(pool) == len(parts[0])
+    recipe = Recipe(**asked.proxy.recipe.model_dump(exclude={"steps", "seed"}), steps=12, seed=seed_of(asked, 0))
+    return task, pool, parts, recipe
+
+
+def test_the_figures_are_those_of_the_trainings_themselves(whole: tuple[Path, dict[str, Any]]) -> None:
+    """By the same names, by hand."""
+    out, result = whole
+    found = rows(result)
+    task, known, (pool, target), recipe = reread(out, result, study())
+    ids = known.ids
 
     def read(params: Any) -> np.ndarray:
         with torch.no_grad():
@@ -163,13 +169,10 @@ def test_the_root_that_is_tried_is_the_one_that_metagradients_take(tmp_path: Pat
 
     asked = study(proxy={"recipe": {"optimiser": "adamw", "lr": 0.01, "terms_per_step": 30}}, smooth={"directions": 1})
     result = verify_study(asked, tmp_path / "run", workers=1, metasmooth=True)
-    task, ids = Classifier(hidden=(8,), activation="relu"), next(tmp_path.glob("run/steps/builtin-*"))
-    encoded = [task.encoded(p) for p in sorted(tmp_path.glob("run/steps/encode-*"))]
-    pool = next(e for e in encoded if len(e) == result["pool"]["used"])
-    recipe = Recipe(**asked.proxy.recipe.model_dump(exclude={"steps", "seed"}), steps=12, seed=seed_of(asked, 0))
+    task, pool, (encoded, _), recipe = reread(tmp_path / "run", result, asked)
     told: dict[str, Any] = {}
     context: Any = SimpleNamespace(
-        task=task, pool=Pool.open(ids / "pool"), encoded=lambda _: pool, spent=lambda _: None,
+        task=task, pool=pool, encoded=lambda _: encoded, spent=lambda _: None,
         note=lambda *_, **facts: told.update(facts),
     )  # fmt: skip
     root = rooted(context, "metagrad", recipe, np.arange(len(pool))).eps_root

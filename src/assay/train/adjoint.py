@@ -66,17 +66,15 @@ def update_back(recipe: Recipe, grads: list[Tensor], state: State, step: int, ad
         gradients: (1-b1) M + 2 (1-b2) g V,  weights: (1 - lr wd) A,  moments: b1 M and b2 V.
     """
     lr, decay = recipe.rate(step), recipe.weight_decay
-    if recipe.optimiser == "adamw":
-        push = _adamw_back(recipe, grads, state, step, adjoint, lr)
-    elif recipe.optimiser == "sgd":
-        push = [-lr * a for a in adjoint.params]
-    else:
+    if recipe.optimiser == "momentum":
         moved = adjoint.slots["momentum"]
         push = [torch.add(u, a, alpha=-lr) for a, u in zip(adjoint.params, moved, strict=True)]
         for a, u, own in zip(adjoint.params, push, moved, strict=True):
             a.add_(u, alpha=decay)
             torch.mul(u, recipe.momentum, out=own)
         return push
+    adamw = recipe.optimiser == "adamw"
+    push = _adamw_back(recipe, grads, state, step, adjoint, lr) if adamw else [-lr * a for a in adjoint.params]
     for a in adjoint.params:
         a.mul_(1 - lr * decay)
     return push

@@ -207,18 +207,24 @@ class _Place:
         return [_Item(self.variant, self.part, self.about["hash"], *end) for end in ends]
 
 
-def listed(trust: Trust, root: float | None = None) -> list[Variant]:
-    """What the study wants measured; with a `root` at hand, such as any where they are only counted, none is found."""
+def listed(trust: Trust, root: float) -> list[Variant]:
+    """What the study wants measured; how many there are does not depend on the `root` of `variants`."""
+    job, spec = trust.job, trust.job.study.smooth
+    assert job.task is not None
+    found = variants(job.task, trust.recipe.with_seed(trust.seeds[0]), spec.center, spec.h, root)
+    return found if spec.remedies else found[:1]
+
+
+def _root(trust: Trust) -> float:
     from assay.train.root import LEAST, mean_square
 
-    job, spec, recipe = trust.job, trust.job.study.smooth, trust.recipe.with_seed(trust.seeds[0])
+    job, recipe = trust.job, trust.recipe.with_seed(trust.seeds[0])
+    if recipe.optimiser != "adamw" or not job.study.smooth.remedies:
+        return LEAST  # nobody looks at it
     assert job.task is not None
-    if root is None and spec.remedies and recipe.optimiser == "adamw":
-        encoded = job.task.encoded(job.encodings[job.pool.fingerprint])
-        root = mean_square(job.task, encoded, job.pool.ids, np.arange(len(encoded)), recipe)
-    usable = root is not None and 0 < root < math.inf  # what diverges at once is refused as it is measured
-    found = variants(job.task, recipe, spec.center, spec.h, root if usable and root else LEAST)
-    return found if spec.remedies else found[:1]
+    encoded = job.task.encoded(job.encodings[job.pool.fingerprint])
+    found = mean_square(job.task, encoded, job.pool.ids, np.arange(len(encoded)), recipe)
+    return found if 0 < found < math.inf else LEAST  # what diverges at once is refused as it is measured
 
 
 def measured(trust: Trust) -> list[dict[str, Any]]:
@@ -226,7 +232,7 @@ def measured(trust: Trust) -> list[dict[str, Any]]:
 
     Each variant is a step of the run, and within it each training is kept as it ends.
     """
-    job, spec, kinds = trust.job, trust.job.study.smooth, listed(trust)
+    job, spec, kinds = trust.job, trust.job.study.smooth, listed(trust, _root(trust))
     pool, target = (job.encodings[p.fingerprint] for p in (job.pool, trust.target))
     bench = _Bench(job.pool.ids, pool, target, trust.spec.measure, job.study.seed)
     places = [_place(trust, variant) for variant in kinds]
