@@ -344,8 +344,8 @@ def test_what_was_recorded_enters_again(tiny, whole, tmp_path: Path) -> None:
 
 
 def test_an_overdrawn_budget_is_refused(tiny) -> None:
-    good = {"name": "x: within budget", "ok": True, "detail": "9 of 10"}
-    league._obeyed(tiny[0], {"checks": [good]})
+    good = {"name": "x: within budget", "ok": True, "detail": "9 of 10", "rule": True}
+    league._obeyed(tiny[0], {"checks": [good, {**good, "ok": False, "rule": False}]})
     with pytest.raises(InputError, match="x: within budget"):
         league._obeyed(tiny[0], {"checks": [good, {**good, "ok": False}]})
 

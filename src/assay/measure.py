@@ -286,9 +286,9 @@ class Measurer:
             self.warnings.append(message)
             self.progress.warn(message)
 
-    def note(self, what: str, detail: str, **numbers: Any) -> None:
+    def note(self, what: str, detail: str, *, ok: bool | None = None, **numbers: Any) -> None:
         if self._stack:
-            self._stack[-1].notes[what] = {"detail": detail, **numbers}
+            self._stack[-1].notes[what] = {"detail": detail, "ok": ok, **numbers}
 
     # The driver.
 

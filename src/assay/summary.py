@@ -304,29 +304,27 @@ def _contamination(job: Job) -> dict[str, Any]:
 
 
 def _checks(job: Job) -> list[dict[str, Any]]:
-    """Invariants of every run, said aloud."""
-    checks = []
-    for method in {canonical(m.spec()): m for m in job.sifters}.values():
-        for what, note in job.measurer.table(method).meta.get("notes", {}).items():
-            checks.append({"name": f"filter {method.name}: {what}", "ok": True, "detail": note["detail"]})
-    for name in job.methods:
-        table = job.measurer.table(job.methods[name])
-        ok = len(table) == len(job.pool) and bool((table.ids == job.pool.ids).all())
-        checks.append(
-            {"name": f"{name}: every id scored once", "ok": ok, "detail": f"{len(table)} of {len(job.pool)} rows"}
-        )
-        for what, note in table.meta.get("notes", {}).items():
-            checks.append({"name": f"{name}: {what}", "ok": True, "detail": note["detail"]})
+    """What methods measured of themselves, `ok` where it has a bound; and invariants of every run, which are rules."""
+    filters = [(f"filter {m.name}", m) for m in {canonical(m.spec()): m for m in job.sifters}.values()]
+    checks = [
+        {"name": f"{name}: {what.removeprefix(f'{method.name}: ')}", "ok": note.get("ok"), "detail": note["detail"]}
+        for name, method in [*filters, *job.methods.items()]
+        for what, note in job.measurer.table(method).meta.get("notes", {}).items()
+    ]
+
+    def rule(name: str, ok: bool, detail: str) -> None:
+        checks.append({"name": name, "ok": ok, "detail": detail, "rule": True})
+
+    for name, method in job.methods.items():
+        ids = job.measurer.table(method).ids
+        whole = len(ids) == len(job.pool) and bool((ids == job.pool.ids).all())
+        rule(f"{name}: every id scored once", whole, f"{len(ids)} of {len(job.pool)} rows")
     limit, unit = job.budget.amount, job.budget.unit
     for name, selection in job.selections.items():
         if name != "everything":
             used = int(job.sizes[positions(job.pool.ids, selection.ids)].sum()) if unit == "tokens" else len(selection)
-            checks.append(
-                {"name": f"{name}: within budget", "ok": used <= limit, "detail": f"{used:,} of {limit:,} {unit}"}
-            )
+            rule(f"{name}: within budget", used <= limit, f"{used:,} of {limit:,} {unit}")
     for name, selection in job.selections.items():
         clean = not np.isin(selection.ids, job.hits.ids).any()
-        checks.append(
-            {"name": f"{name}: no contaminated row", "ok": clean, "detail": f"{len(job.hits.ids)} rows barred"}
-        )
+        rule(f"{name}: no contaminated row", clean, f"{len(job.hits.ids)} rows barred")
     return checks

@@ -141,8 +141,8 @@ class Context(Protocol):
         """Tell the user; the message also goes into the report."""
         ...
 
-    def note(self, what: str, detail: str, **numbers: Any) -> None:
-        """Keep what a method measured of itself: in its Table's meta, and among the report's checks."""
+    def note(self, what: str, detail: str, *, ok: bool | None = None, **numbers: Any) -> None:
+        """Keep what a method measured of itself, in its Table's meta and the report; `ok`: it is within its bound."""
         ...
 
 

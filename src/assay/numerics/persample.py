@@ -26,6 +26,8 @@ Loss = Callable[[Params, Inputs], Tensor]
 
 # Examples that the fallback takes at once: their weight gradients are whole in memory.
 CHUNK = 8
+# How far a parameter's rows may be from a plain backward pass, of their size, before its rule is not believed.
+TOLERANCE = 1e-3
 
 
 def trainable(module: nn.Module) -> dict[str, torch.Size]:
@@ -218,7 +220,7 @@ class Audit:
 
 def audit(
     module: nn.Module, loss: Loss, params: Params, inputs: Inputs, sketch: Sketch, *, only: set[str] | None = None,
-    tolerance: float = 1e-3, metric: Metric | None = None,
+    tolerance: float = TOLERANCE, metric: Metric | None = None,
 ) -> Audit:  # fmt: skip
     """Compare the engine with ordinary backward passes on a few examples; nothing about the rules is assumed.
 

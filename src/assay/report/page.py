@@ -417,6 +417,7 @@ def _view(result: dict, limits: Limits) -> dict[str, Any]:
         "composition": figures.composition(result, domains),
         "panels": panels,
         "curves": curves.view(result),
+        "checks": _checked(result.get("checks") or []),
         "pipelines": pipelines.view(result, domains),
         "data": data,
         "kinds": _keys(arms, "planted"),
@@ -425,6 +426,15 @@ def _view(result: dict, limits: Limits) -> dict[str, Any]:
         "ledger": figures.ledger(result.get("ledger") or []),
         "study": json.dumps(result.get("study"), indent=2, ensure_ascii=False) if result.get("study") else "",
     }
+
+
+def _checked(checks: Sequence[dict]) -> dict[str, list[dict]]:
+    """By how they ended; what has no bound was only measured."""
+    ended: dict[str, list[dict]] = {"failed": [], "measured": [], "passed": []}
+    for one in checks:
+        ok = one.get("ok")
+        ended["passed" if ok is True else "failed" if ok is False else "measured"].append(one)
+    return ended
 
 
 def _keys(arms: Sequence[dict], field: str) -> list[str]:

@@ -139,7 +139,7 @@ class Directional(Scorer):
         context.note(
             "agreement with exact derivatives",
             f"Spearman {worst.spearman:.3f} on {sample} examples, step {worst.relative:.2g} of the weights",
-            spearman=worst.spearman, sample=sample, error=worst.error, steps=[s.relative for s in steps],
+            ok=True, spearman=worst.spearman, sample=sample, error=worst.error, steps=[s.relative for s in steps],
         )  # fmt: skip
 
     def columns(self, state: Any) -> tuple[str, ...]:

@@ -246,13 +246,14 @@ class FastText(Scorer):
         """Note how well the classifier does on what it has not seen, beside those that see no word."""
         areas = {name: area for name, area in about["auc"].items() if area is not None}
         said = ", ".join(f"{name} {area:.3f}" for name, area in areas.items()) or "too few texts to hold any out"
+        null = max((area for name, area in areas.items() if name != "words"), default=0.0)
+        learned = bool(areas["words"] >= null + CLOSE) if self.features == "words" and areas else None
         context.note(
             "fasttext beside classifiers that see no word",
             f"area under the curve on texts held out: {said} ({about['positives']} positives, "
-            f"{about['negatives']} of the pool)", **about,
+            f"{about['negatives']} of the pool)", ok=learned, **about,
         )  # fmt: skip
-        null = max((area for name, area in areas.items() if name != "words"), default=0.0)
-        if self.features == "words" and areas and areas["words"] < null + CLOSE:
+        if learned is False:
             context.warn(
                 f"fasttext: words tell positives from the pool hardly better than length or punctuation do ({said}): "
                 "the classifier may have learned the form of the positives"

@@ -139,8 +139,8 @@ class Influence(Scorer):
                 f"influence: {called} stopped at residual {solution.residual:.1e} after {solution.iterations} products"
             )
         context.note(
-            f"influence: solve by {self.solver}", said, residual=solution.residual, products=solution.iterations,
-            damping=solution.damping,
+            f"influence: solve by {self.solver}", said, ok=bool(solution.residual <= poor), residual=solution.residual,
+            products=solution.iterations, damping=solution.damping,
         )  # fmt: skip
         return solution.x
 

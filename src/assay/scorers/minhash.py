@@ -143,7 +143,7 @@ class MinHash(Scorer):
         return grow.leaders(), compared, joined
 
     def _notes(
-        self, context: Context, rank: np.ndarray, before: np.ndarray, size: np.ndarray, counts: dict[str, int]
+        self, context: Context, rank: np.ndarray, before: np.ndarray, size: np.ndarray, counts: dict[str, Any]
     ) -> None:
         copies, largest = int((before > 0).sum()), int(size.max(initial=1))
         recall = {f"{s:g}": round(float(curve(s, self.bands, self.rows)), 4) for s in (0.6, 0.7, 0.8, 0.9)}

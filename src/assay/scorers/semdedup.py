@@ -95,7 +95,7 @@ class SemDedup(Scorer):
         return _State(ids, np.stack([*scores, labels[:, 0], distance, apart, group], axis=1))
 
     def _tell(self, context: Context, pairs: Any, labels: np.ndarray, redundant: Any) -> None:
-        gone = {n: int(redundant(getattr(pairs, n), self.eps).sum()) for n in ("reference", "greedy")}
+        gone: dict[str, Any] = {n: int(redundant(getattr(pairs, n), self.eps).sum()) for n in ("reference", "greedy")}
         sizes = np.bincount(labels)
         context.note(
             "semantic duplicates",

@@ -26,7 +26,7 @@ def tell(context: Context, name: str, apart: list[float], moved: str) -> None:
     worst = max(apart)
     context.note(
         f"{name}: derivative against finite differences", f"off by {worst:.1%} when {moved} {STEP:.0%} at random",
-        apart=worst,
+        ok=bool(worst <= APART), apart=worst,
     )  # fmt: skip
     if worst > APART:
         context.warn(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from assay.core.task import Inputs, Params
 from assay.numerics.layers import Metric
-from assay.numerics.persample import Loss, audit
+from assay.numerics.persample import TOLERANCE, Loss, audit
 from assay.numerics.project import Exact, Sketch
 
 if TYPE_CHECKING:
@@ -39,6 +39,6 @@ def audited(
         f"{prefix}gradients against plain backward passes",
         f"{PROBE} examples are off by {found.error:.1e} of their size; the layers hold {100 * found.share:.1f}% "
         "of the squared norm",
-        share=found.share, error=found.error, fallback=list(found.fallback),
+        ok=found.error <= TOLERANCE, share=found.share, error=found.error, fallback=list(found.fallback),
     )  # fmt: skip
     return set(found.fallback)
