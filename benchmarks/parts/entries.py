@@ -17,6 +17,7 @@ from .truth import Truth
 DAMPING = [0.3, 1.0, 3.0, 10.0, 30.0]
 BLOCKS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # of Kronecker factors
 WHOLE = [1.0, 10.0, 100.0, 300.0, 1000.0]
+STAR = [0.01, 0.1, 1.0, 10.0, 100.0]
 ABSOLUTE = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 # Ranks do not need more digits.
 LOOSE = {"precision": "float32", "tolerance": 1e-3}
@@ -160,6 +161,7 @@ def documents(world: Truth, margin: bool) -> list[Contestant]:
         for method in ("ekfac", "kfac")
     }
     own = {"targets": "each", "features": features(world)}
+    linear = {"name": "gradients", "metric": "adafactor", "exponent": 0.5, "layers": "linear"}
     return [
         ekfac, theirs["ekfac"],
         _solved("kfac", margin, WHOLE, precision="float32", scale="model"), theirs["kfac"],
@@ -167,8 +169,9 @@ def documents(world: Truth, margin: bool) -> list[Contestant]:
         Contestant("graddot", {"method": "graddot"}, tool="bergson"),
         Contestant("gradcos", {"name": "gradcos", **own}),
         Contestant("gradcos", {"method": "gradcos"}, tool="bergson"),
-        Contestant("trackstar", {"name": "trackstar", "targets": "each"}, grid(damping=[0.01, 0.1, 1.0, 10.0])),
-        Contestant("trackstar", {"method": "trackstar"}, grid(damping=[0.01, 0.1, 1.0, 10.0]), tool="bergson"),
+        Contestant("trackstar", {"name": "trackstar", "targets": "each"}, grid(damping=STAR)),
+        Contestant("trackstar-linear", {"name": "trackstar", "targets": "each", "features": linear}, grid(damping=STAR)),
+        Contestant("trackstar", {"method": "trackstar"}, grid(damping=STAR), tool="bergson"),
         Contestant("source", {"name": "source", "targets": "each", "metric": "adafactor"}, marks=MARKS),
         Contestant("bm25", {"name": "bm25", "targets": "each"}),
         Contestant("random", {"name": "random"}), Contestant("loss", {"name": "loss"}),

@@ -33,6 +33,7 @@ FilePath = Annotated[str, "file"]
 """A file or a folder: in a study, relative to the study's own."""
 ModelPath = Annotated[str, "model"]  # where there is no such folder, the id of a model on the hub
 Targets = Literal["mean", "each"]
+SIGN, SIGNS = re.compile(r"[GL][et]\((..)=([^)]+)\)"), {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 """Scores for the mean over the target's examples, or a column for each of them, named after its id."""
 M = TypeVar("M", bound="Method")
 
@@ -372,8 +373,7 @@ def _method_type(hint: Any) -> type[Method] | None:
 def _coerce(method: Method, name: str, hint: Any, value: Any) -> Any:
     kind = _method_type(hint)
     if kind is not None:
-        optional = type(None) in typing.get_args(hint)
-        return None if optional and value is None else make(kind, value)
+        return None if value is None and type(None) in typing.get_args(hint) else make(kind, value)
     try:
         return pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
@@ -385,16 +385,16 @@ def _coerce(method: Method, name: str, hint: Any, value: Any) -> Any:
 
 def _show(hint: Any) -> str:
     """A type as users read it."""
-    kind = _method_type(hint)
+    kind, origin, parts = _method_type(hint), typing.get_origin(hint), typing.get_args(hint)
     if kind is not None:
         return kind.__name__.lower()
-    if typing.get_origin(hint) is Annotated:
-        base, *notes = typing.get_args(hint)
-        return " ".join([_show(base), *(str(m) for n in notes for m in getattr(n, "metadata", []))])
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(repr(a) for a in typing.get_args(hint))
-    if isinstance(hint, type) and not typing.get_args(hint):
-        return hint.__name__
+    if origin is Annotated:
+        bounds = ", ".join(str(bound) for note in parts[1:] for bound in getattr(note, "metadata", []))
+        return f"{_show(parts[0])} {SIGN.sub(lambda m: f'{SIGNS[m[1]]} {m[2]}', bounds)}".strip()
+    if origin in (Literal, typing.Union):
+        return " | ".join(repr(part) if origin is Literal else _show(part) for part in parts)
+    if isinstance(hint, type) and not parts:
+        return hint.__name__.replace("NoneType", "None")
     return re.sub(r"\btyping\.|NoneType", lambda m: "None" if m.group() == "NoneType" else "", str(hint))
 
 
