@@ -161,6 +161,7 @@ def documents(world: Truth, margin: bool) -> list[Contestant]:
         for method in ("ekfac", "kfac")
     }
     own = {"targets": "each", "features": features(world)}
+    star: dict[str, Any] = {"name": "trackstar", "targets": "each"}
     linear = {"name": "gradients", "metric": "adafactor", "exponent": 0.5, "layers": "linear"}
     return [
         ekfac, theirs["ekfac"],
@@ -169,8 +170,8 @@ def documents(world: Truth, margin: bool) -> list[Contestant]:
         Contestant("graddot", {"method": "graddot"}, tool="bergson"),
         Contestant("gradcos", {"name": "gradcos", **own}),
         Contestant("gradcos", {"method": "gradcos"}, tool="bergson"),
-        Contestant("trackstar", {"name": "trackstar", "targets": "each"}, grid(damping=STAR)),
-        Contestant("trackstar-linear", {"name": "trackstar", "targets": "each", "features": linear}, grid(damping=STAR)),
+        Contestant("trackstar", star, grid(damping=STAR)),
+        Contestant("trackstar-linear", {**star, "features": linear}, grid(damping=STAR)),
         Contestant("trackstar", {"method": "trackstar"}, grid(damping=STAR), tool="bergson"),
         Contestant("source", {"name": "source", "targets": "each", "metric": "adafactor"}, marks=MARKS),
         Contestant("bm25", {"name": "bm25", "targets": "each"}),

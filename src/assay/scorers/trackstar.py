@@ -31,9 +31,10 @@ class TrackStar(Scorer):
     Note: mix, unless given, is a / (a + b) with a and b the k-th largest eigenvalues of the pool's and of the target's
         second moments, so that the two are equal at the k-th; k = `crossing`, or half of the examples or features of
         either where they are fewer. R is one matrix over all layers. A scoring model without second moments takes
-        features = "gradients". Embeddings and norms may drown the rest: `layers` = 'linear' of its features leaves them
-        out, and foretold a small decoder's retraining better (docs/influence.md). `queries`: features of the target where they are other than the pool's; targets =
-        'each' gives a column for each target example; every = true averages over every mark of the training runs
+        features = "gradients". Embeddings and norms may drown the rest: `layers` = 'linear' of its features leaves
+        them out, and foretold a small decoder's retraining better (docs/influence.md). `queries`: features of the
+        target where they are other than the pool's; targets = 'each' gives a column for each target example; every =
+        true averages over every mark of the training runs
     """
 
     features: Featurizer = dataclasses.field(  # type: ignore[assignment]
