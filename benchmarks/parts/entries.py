@@ -17,7 +17,7 @@ from .truth import Truth
 DAMPING = [0.3, 1.0, 3.0, 10.0, 30.0]
 BLOCKS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # of Kronecker factors
 WHOLE = [1.0, 10.0, 100.0, 300.0, 1000.0]
-STAR = [0.01, 0.1, 1.0, 10.0, 100.0]
+STAR = [0.01, 0.1, 1.0, 10.0, 100.0, 1000.0]
 ABSOLUTE = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 # Ranks do not need more digits.
 LOOSE = {"precision": "float32", "tolerance": 1e-3}
@@ -189,14 +189,13 @@ def ceilings(world: Truth) -> list[Row]:
 
 
 def differences(contest: Contest) -> list[Row]:
-    """EK-FAC against what is cheap, on the decoder: over the same draws of halves and targets."""
-    first = contest.results.get((OURS, "ekfac"), {}).get("lds_avg")
-    if contest.world.case != "R3" or first is None:
-        return []
+    """On the decoder, EK-FAC against what is cheap, and TrackStar without embeddings against that with all layers: over
+    the same draws of halves and targets."""
+    pairs = [("ekfac", other) for other in ("graddot", "gradcos", "trackstar", "bm25")]
     found = []
-    for other in ("graddot", "gradcos", "trackstar", "bm25"):
-        second = contest.results.get((OURS, other), {}).get("lds_avg")
-        if second:
+    for one, other in [*pairs, ("trackstar-linear", "trackstar")] if contest.world.case == "R3" else []:
+        first, second = (contest.results.get((OURS, name), {}).get("lds_avg") for name in (one, other))
+        if first and second:
             value, low, high = lds.difference(first, second)
-            found.append(row("R3", OURS, f"ekfac-minus-{other}", "difference", value, [low, high]))
+            found.append(row("R3", OURS, f"{one}-minus-{other}", "difference", value, [low, high]))
     return found

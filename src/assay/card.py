@@ -68,6 +68,7 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
         f" trained for {training['steps']} steps, {training['repeats']:.1f} times through the selection.",
         f"Selecting cost {arm['selection_flops_share']:.2f} times the operations of one such training run.",
         "",
+        *[f"**Check failed**: {_plain(one['name'])}." for one in result["checks"] if one["ok"] is False],
         "The figures hold for this pool, budget, model size and number of repeats, and for no other.", "",
         "## Composition", "", "| domain | in pool | selected |", "|---|---|---|", *rows, "",
     ]  # fmt: skip

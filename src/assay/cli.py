@@ -426,8 +426,8 @@ def _run(study: Any, out: Path, json_: bool, quiet: bool, workers: int | None, r
             estimate=estimate,
         )  # fmt: skip
     if json_:
-        kept = "name target budget training arms nulls recommended contamination pipelines warnings wall peak_rss"
-        brief = {k: result[k] for k in kept.split()}
+        kept = "name target budget training arms nulls recommended contamination pipelines checks warnings".split()
+        brief = {k: result[k] for k in [*kept, "wall", "peak_rss"]}
         typer.echo(json.dumps({**brief, "run": str(out), "report": str(out / "report.html")}))
     elif not quiet:
         terminal.show_result(result)

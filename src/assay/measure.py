@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from assay.core import notes
 from assay.core.errors import InputError
 from assay.core.keys import canonical, digest_ids, hash_ids, write_json
 from assay.core.method import Featurizer, Mark, Method, mark_of
@@ -288,7 +289,7 @@ class Measurer:
 
     def note(self, what: str, detail: str, *, ok: bool | None = None, **numbers: Any) -> None:
         if self._stack:
-            self._stack[-1].notes[what] = {"detail": detail, "ok": ok, **numbers}
+            notes.keep(self._stack[-1].notes, what, detail, ok, numbers)
 
     # The driver.
 

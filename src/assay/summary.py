@@ -11,6 +11,7 @@ import numpy as np
 from assay.core.keys import canonical
 from assay.core.method import Scorer, make
 from assay.core.pool import positions
+from assay.core.table import Table
 from assay.measure import closure, uses_model
 from assay.numerics.stats import auc, spearman
 from assay.verify import compare, detectable, verify
@@ -303,13 +304,29 @@ def _contamination(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _notes(job: Job) -> list[tuple[str, str, dict[str, Any]]]:
+    """Whose, what and the note: of every arm and filter, then of the Tables that these rest on, each once."""
+    filters = [(f"filter {m.name}", m) for m in {canonical(m.spec()): m for m in job.sifters}.values()]
+    tables = [(name, job.measurer.path(method, job.pool)) for name, method in [*filters, *job.methods.items()]]
+    inner = dict.fromkeys(path.parent / step for _, path in tables for step in closure(path))
+    asked = {path for _, path in tables}
+    tables += [("", path) for path in inner if path not in asked and (path / "manifest.json").exists()]
+    found: dict[Any, tuple[str, str, dict[str, Any]]] = {}
+    for name, path in tables:
+        meta = Table.open(path).meta
+        own = meta["estimator"]["name"]
+        for what, note in meta.get("notes", {}).items():
+            # Of features over the pool and over the target, and the like, one is enough: one that is not ok, if any.
+            key = path if name else own, what
+            if key not in found or note.get("ok") is False:
+                found[key] = name or own, what.removeprefix(f"{own}: "), note
+    return list(found.values())
+
+
 def _checks(job: Job) -> list[dict[str, Any]]:
     """What methods measured of themselves, `ok` where it has a bound; and invariants of every run, which are rules."""
-    filters = [(f"filter {m.name}", m) for m in {canonical(m.spec()): m for m in job.sifters}.values()]
     checks = [
-        {"name": f"{name}: {what.removeprefix(f'{method.name}: ')}", "ok": note.get("ok"), "detail": note["detail"]}
-        for name, method in [*filters, *job.methods.items()]
-        for what, note in job.measurer.table(method).meta.get("notes", {}).items()
+        {"name": f"{name}: {what}", "ok": note.get("ok"), "detail": note["detail"]} for name, what, note in _notes(job)
     ]
 
     def rule(name: str, ok: bool, detail: str) -> None:

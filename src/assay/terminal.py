@@ -205,6 +205,9 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
         else "No gain: no arm was shown to beat random selection at this budget."
     )
     console.print(Text(text, "bold"))
+    for check in result["checks"]:
+        if check["ok"] is False:
+            console.print(Text(f"check failed: {check['name']}: {check['detail']}", "bold red"))
 
 
 def show_league(record: dict[str, Any], console: Console | None = None) -> None:

@@ -84,7 +84,7 @@ def test_every_solver_is_the_explicit_inverse(deep: World, tmp_path: Path, solve
     assert not measurer.warnings
     noted = table.meta["notes"][f"influence: solve by {solver}"]
     mean_eigenvalue = float(squared(deep, theta, kind).trace()) / len(theta)
-    assert noted["damping"] == pytest.approx(0.5 * mean_eigenvalue) and 0 <= noted["residual"] < 1e-7
+    assert noted["damping"] == pytest.approx(0.5 * mean_eigenvalue) and 0 <= noted["residual"] < 1e-7 and noted["ok"]
     if batch == 8:
         near(measurer.table(make(Scorer, {**spec, **SOLVERS[solver]})).values[:, 0], truth.mean(dim=1), 1e-6)
 
@@ -215,7 +215,8 @@ def test_a_small_subspace_is_warned_about(deep: World, tmp_path: Path) -> None:
     measurer = deep.measurer(tmp_path, [deep.params(somewhere(deep))])
     table = measurer.table(make(Scorer, {"name": "influence", "solver": "arnoldi", "damping": 0.0, "rank": 3}))
     assert any("arnoldi stopped at residual" in w for w in measurer.warnings)
-    assert 0.1 < table.meta["notes"]["influence: solve by arnoldi"]["residual"] <= 1
+    noted = table.meta["notes"]["influence: solve by arnoldi"]
+    assert 0.1 < noted["residual"] <= 1 and noted["ok"] is False
 
 
 def test_large_models_are_not_factorised(three: World, best: Tensor, tmp_path: Path, monkeypatch) -> None:  # noqa: F811

@@ -33,9 +33,9 @@ FilePath = Annotated[str, "file"]
 """A file or a folder: in a study, relative to the study's own."""
 ModelPath = Annotated[str, "model"]  # where there is no such folder, the id of a model on the hub
 Targets = Literal["mean", "each"]
-SIGN, SIGNS = re.compile(r"[GL][et]\((..)=([^)]+)\)"), {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 """Scores for the mean over the target's examples, or a column for each of them, named after its id."""
 M = TypeVar("M", bound="Method")
+SIGN, SIGNS = re.compile(r"[GL][et]\((..)=([^)]+)\)"), {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class Batch(Protocol):

@@ -242,7 +242,7 @@ def audit(
             break
         fallback = fallback | wrong
     share = sum(s for n, s in squares.items() if n in only) / (sum(squares.values()) or 1.0)
-    return Audit(tuple(sorted(fallback)), share, max(errors.values(), default=0.0))
+    return Audit(tuple(sorted(fallback)), share, max(errors.values(), key=lambda e: (e != e, e), default=0.0))
 
 
 def _ordinary(loss: Loss, params: Params, inputs: Inputs, names: Sequence[str] | Mapping[str, Any]) -> tuple[Any, Any]:

@@ -210,9 +210,9 @@ def _cautions(result: dict, better: Sequence[dict]) -> list[str]:
         sentences.append(
             f"Filters change the mixture of domains: {_join(starving[:3])}{' and more' if starving[3:] else ''}."
         )
-    failed = [item["name"] for item in result.get("checks") or [] if item.get("ok") is False]
+    failed = _checked(result.get("checks") or [])["failed"]
     if failed:
-        sentences.append(f"{len(failed)} check{'s' if failed[1:] else ''} failed: {_join(failed[:3])}.")
+        sentences.append(f"{len(failed)} check{'s' if failed[1:] else ''} failed: {_listing(failed)}.")
     return sentences
 
 
@@ -282,8 +282,8 @@ def _cost(arm: dict) -> str:
     return f"Selecting cost {figures.ratio_text(share)} of one training run."
 
 
-def _listing(arms: Sequence[dict]) -> str:
-    names = [arm["name"] for arm in arms]
+def _listing(items: Sequence[dict]) -> str:
+    names = [item["name"] for item in items]
     return _join([*names[:5], f"{len(names) - 5} more"] if names[6:] else names)
 
 

@@ -138,7 +138,8 @@ class Directional(Scorer):
             )  # fmt: skip
         context.note(
             "agreement with exact derivatives",
-            f"Spearman {worst.spearman:.3f} on {sample} examples, step {worst.relative:.2g} of the weights",
+            f"Spearman {worst.spearman:.3f} on {sample} examples (from {self.bound:g} is well), step "
+            f"{worst.relative:.2g} of the weights",
             ok=True, spearman=worst.spearman, sample=sample, error=worst.error, steps=[s.relative for s in steps],
         )  # fmt: skip
 

@@ -247,7 +247,7 @@ class FastText(Scorer):
         areas = {name: area for name, area in about["auc"].items() if area is not None}
         said = ", ".join(f"{name} {area:.3f}" for name, area in areas.items()) or "too few texts to hold any out"
         null = max((area for name, area in areas.items() if name != "words"), default=0.0)
-        learned = bool(areas["words"] >= null + CLOSE) if self.features == "words" and areas else None
+        learned = areas["words"] >= null + CLOSE if self.features == "words" and areas else None
         context.note(
             "fasttext beside classifiers that see no word",
             f"area under the curve on texts held out: {said} ({about['positives']} positives, "

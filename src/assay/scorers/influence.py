@@ -138,9 +138,11 @@ class Influence(Scorer):
             context.warn(
                 f"influence: {called} stopped at residual {solution.residual:.1e} after {solution.iterations} products"
             )
+        # What is sampled keeps its noise however long it runs.
+        well = None if self.minibatch else solution.residual <= poor
         context.note(
-            f"influence: solve by {self.solver}", said, ok=bool(solution.residual <= poor), residual=solution.residual,
-            products=solution.iterations, damping=solution.damping,
+            f"influence: solve by {self.solver}", said if well is None else f"{said} (to {poor:.0e} is well)",
+            ok=well, residual=solution.residual, products=solution.iterations, damping=solution.damping,
         )  # fmt: skip
         return solution.x
 

@@ -11,6 +11,8 @@ from assay.core.method import Batch, Context, Cost, NonNegative, Scorer
 
 # Parameters up to which the curvature is made as a matrix: 3 GB in float64.
 LARGEST = 20_000
+# A residual above this is of a matrix too ill-conditioned for float64.
+SHORT = 1e-4
 
 
 class SelfInfluence(Scorer):
@@ -76,8 +78,9 @@ class SelfInfluence(Scorer):
         lower, probe = solve.factor(matrix, damping), rademacher(1, p, seed=0, label="probe")[0][:, None].double()
         found = solve.residual(lambda x: matrix @ x, probe.cholesky_solve(lower), probe, damping)
         context.note(
-            "self_influence: factorised", f"residual {found:.1e} of a random vector, damping {damping:.3g}",
-            residual=found, damping=damping,
+            "self_influence: factorised",
+            f"residual {found:.1e} of a random vector (to {SHORT:.0e} is well), damping {damping:.3g}",
+            ok=found <= SHORT, residual=found, damping=damping,
         )  # fmt: skip
         return lower
 
