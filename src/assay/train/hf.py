@@ -21,10 +21,11 @@ from assay.core.errors import InputError, nearest
 from assay.core.keys import digest, digest_file
 from assay.core.pool import Pool
 from assay.core.task import Encoded, Inputs, Params, Task
-from assay.numerics.sampling import categorical, uniforms
+from assay.numerics.sampling import uniforms
 from assay.train import pretrained
 from assay.train.dialogue import Dialogues, checked, write_dialogues
-from assay.train.models import Tokens, check_labels, drawn, margin, with_params, write_tokens
+from assay.train.labelled import Labelled, check_labels
+from assay.train.models import Tokens, drawn, with_params, write_tokens
 from assay.train.pretrained import (
     Form,
     build,
@@ -385,7 +386,7 @@ class _Texts(Tokens):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceClassifier(_Pretrained):
+class SequenceClassifier(Labelled, _Pretrained):
     """Cross-entropy of a class given a text, by any `AutoModelForSequenceClassification`; one term an example.
 
     Texts (column `text`) get the special tokens of the tokenizer's own post-processor. Labels (column `label`) are
@@ -460,22 +461,6 @@ class SequenceClassifier(_Pretrained):
         form = self._built[1]
         z = with_params(self.module, params, lambda module: core_of(module)(**_inputs(batch, form)).logits)
         return z if z.dtype == torch.float64 else z.float()
-
-    def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
-        loss = F.cross_entropy(self.logits(params, batch), batch["y"], reduction="none")[:, None]
-        return loss, torch.ones_like(loss)
-
-    def margin(self, params: Params, batch: Inputs) -> Tensor:
-        """log p_y - log(1 - p_y), `[b]`."""
-        return margin(self.logits(params, batch), batch["y"])
-
-    @torch.no_grad()
-    def resample(self, params: Params, batch: Inputs, keys: np.ndarray, seed: int) -> Inputs:
-        u = uniforms(keys, 1, seed=seed)[:, 0]
-        return {**batch, "y": categorical(self.logits(params, batch), u)}
-
-    def metrics(self, params: Params, batch: Inputs) -> dict[str, Tensor]:
-        return {"accuracy": (self.logits(params, batch).argmax(dim=1) == batch["y"]).double()}
 
     def forward_flops(self, terms: np.ndarray) -> float:
         """2 x (weights of matrices) a token, and 4 x width x length a token and layer: at `context` tokens an example,

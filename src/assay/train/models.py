@@ -23,6 +23,7 @@ from assay.core.task import Encoded, Inputs, Params, Task
 from assay.numerics.project import splitmix64
 from assay.numerics.readout import CHUNK, Readout
 from assay.numerics.sampling import categorical, uniforms
+from assay.train.labelled import Labelled, check_labels
 
 
 class _Block(nn.Module):
@@ -293,18 +294,6 @@ class Perceptron(nn.Module):
         return self.layers[-1](x)
 
 
-def check_labels(labels: np.ndarray, classes: int) -> None:
-    """Raises `InputError` unless all are in 0..classes-1."""
-    if len(labels) and not (0 <= labels.min() and labels.max() < classes):
-        raise InputError(f"labels run from {labels.min()} to {labels.max()}", fix=f"they must be in 0..{classes - 1}")
-
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """log p_y - log(1 - p_y), computed as logit_y - logsumexp of the others; `[b]`."""
-    own = logits.gather(1, y[:, None])
-    return own[:, 0] - logits.scatter(1, y[:, None], float("-inf")).logsumexp(dim=1)
-
-
 class _Vectors(Encoded):
     def __init__(self, path: Path) -> None:
         self.pixels, self.labels = np.load(path / "pixels.npy", mmap_mode="r"), np.load(path / "labels.npy")
@@ -315,7 +304,7 @@ class _Vectors(Encoded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier(Task):
+class Classifier(Labelled):
     """Cross-entropy of a class given a vector (columns `pixels` and `label`); one term an example."""
 
     inputs: int = 64
@@ -371,22 +360,6 @@ class Classifier(Task):
         kept = [batch[f"kept.{layer}"] for layer in range(len(self.hidden)) if f"kept.{layer}" in batch]
         x = batch["x"].to(next(iter(params.values())).dtype)
         return functional_call(self.module, dict(params), (x, *kept))
-
-    def terms(self, params: Params, batch: Inputs) -> tuple[Tensor, Tensor]:
-        loss = F.cross_entropy(self.logits(params, batch), batch["y"], reduction="none")[:, None]
-        return loss, torch.ones_like(loss)
-
-    def margin(self, params: Params, batch: Inputs) -> Tensor:
-        """log p_y - log(1 - p_y), computed as logit_y - logsumexp of the others; `[b]`."""
-        return margin(self.logits(params, batch), batch["y"])
-
-    @torch.no_grad()
-    def resample(self, params: Params, batch: Inputs, keys: np.ndarray, seed: int) -> Inputs:
-        u = uniforms(keys, 1, seed=seed)[:, 0]
-        return {**batch, "y": categorical(self.logits(params, batch), u)}
-
-    def metrics(self, params: Params, batch: Inputs) -> dict[str, Tensor]:
-        return {"accuracy": (self.logits(params, batch).argmax(dim=1) == batch["y"]).double()}
 
     def forward_flops(self, terms: np.ndarray) -> float:
         """2 x (weights of matrices) an example."""
