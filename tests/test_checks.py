@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from assay.bench import league
-from assay.card import card
+from assay.card import card, manifest
 from assay.core import notes
 from assay.job import run_study
 from assay.report import page
@@ -55,23 +55,48 @@ def test_a_derivative_that_is_off_is_a_failed_check_and_breaks_no_rule(tmp_path:
         console = Console(file=io.StringIO(), width=200)
         show_result(result, console)
         assert (f"check failed: {name}: {own['detail']}" in console.file.getvalue()) is not good  # type: ignore[attr-defined]
-        assert (f"**Check failed**: {name}." in card(result["arms"][-1], result)) is not good
+        mine = next(arm for arm in result["arms"] if arm["name"] == "mine")
+        assert (f"- {name}" in card(mine, result)) is not good
+        assert [check["ok"] for check in manifest(mine, result)["checks"] if check["name"] == name] == [good]
         rules = [name for name, check in found.items() if check.get("rule")]
         assert {f"mine: {x}" for x in ("every id scored once", "within budget", "no contaminated row")} <= {*rules}
         assert all(found[name]["ok"] is True for name in rules)
         league._obeyed(None, result)  # type: ignore[arg-type]
 
 
-def test_what_an_arm_rests_on_is_told_once(tmp_path: Path) -> None:
-    """Of a method within a method, and of features that two arms share."""
-    inner = {"name": "influence", "solver": "arnoldi", "rank": 1, "limit": 1}
-    arms = [{"name": "flat", "method": {"name": "relatif", "influence": inner}}]
-    arms += [{"name": name, "method": {"name": name}} for name in ("graddot", "trackstar")]
-    found, result = checks(tmp_path, 0.5, arms)
-    names = [check["name"] for check in result["checks"]]
-    assert found["influence: solve by arnoldi"]["ok"] is False
-    assert found["gradients: gradients against plain backward passes"]["ok"] is True
-    assert len(names) == len(set(names))
+def test_what_arms_rest_on_is_told_with_their_names(tmp_path: Path) -> None:
+    """A method within a method, features that two arms share, a Table that two arms share; not what was only tried."""
+    poor, good = ({"name": "influence", "solver": "arnoldi", "rank": rank} for rank in (1, 500))
+    methods = {
+        "flat": {"name": "relatif", "influence": {**poor, "damping": 0.01}},
+        "influence": {**good, "damping": 10.0},
+        "again": {**good, "damping": 10.0},
+        "graddot": {"name": "graddot"},
+        "gradcos": {"name": "gradcos"},
+        "picked": {
+            "name": "tuned",
+            "inner": poor,
+            "grid": {"damping": [1e-4, 1e3]},
+            "steps": 5,
+            "groups": 8,
+            "parts": 4,
+        },
+    }
+    _, result = checks(tmp_path, 0.5, [{"name": name, "method": method} for name, method in methods.items()])
+    told = [(check["name"], check["ok"]) for check in result["checks"] if not check.get("rule")]
+    solves = [one for one in told if "solve by arnoldi" in one[0]]
+    assert sorted(solves) == [
+        ("again: solve by arnoldi", True),
+        ("flat (influence): solve by arnoldi", False),
+        ("influence: solve by arnoldi", True),
+        ("picked (influence): solve by arnoldi", True),
+    ]
+    assert [one for one in told if "(gradients)" in one[0]] == [
+        ("graddot, gradcos (gradients): gradients against plain backward passes", True)
+    ]
+    cards = {arm["name"]: card(arm, result) for arm in result["arms"] if arm["name"] in methods}
+    assert [name for name, text in cards.items() if "Checks that failed" in text] == ["flat"]
+    assert "- flat ?influence?: solve by arnoldi" in cards["flat"]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
         f" trained for {training['steps']} steps, {training['repeats']:.1f} times through the selection.",
         f"Selecting cost {arm['selection_flops_share']:.2f} times the operations of one such training run.",
         "",
-        *[f"**Check failed**: {_plain(one['name'])}." for one in result["checks"] if one["ok"] is False],
+        *_failed(arm, result),
         "The figures hold for this pool, budget, model size and number of repeats, and for no other.", "",
         "## Composition", "", "| domain | in pool | selected |", "|---|---|---|", *rows, "",
     ]  # fmt: skip
@@ -98,6 +98,11 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _failed(arm: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    names = [one["name"] for one in result["checks"] if one["ok"] is False and arm["name"] in one["arms"]]
+    return ["", "Checks that failed:", "", *(f"- {_plain(name)}" for name in names), ""] if names else []
+
+
 def pipeline(arm: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """What the filters before an arm's budget did; empty where there are none."""
     return next((one for one in result["pipelines"] if arm["name"] in one["arms"]), {})
@@ -107,7 +112,8 @@ def manifest(arm: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """What makes the dataset auditable, for machines."""
     keys = ("pool", "target", "budget", "training", "contamination", "environment", "study")
     filters = {k: v for k, v in pipeline(arm, result).items() if k != "arms"}
-    return {"assay": result["assay"], "arm": arm, "filters": filters, **{k: result[k] for k in keys}}
+    checks = [one for one in result["checks"] if arm["name"] in one["arms"]]
+    return {"assay": result["assay"], "arm": arm, "filters": filters, "checks": checks, **{k: result[k] for k in keys}}
 
 
 def _plain(text: str) -> str:

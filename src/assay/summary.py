@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from assay.core.keys import canonical
+from assay import checks
 from assay.core.method import Scorer, make
 from assay.core.pool import positions
-from assay.core.table import Table
 from assay.measure import closure, uses_model
 from assay.numerics.stats import auc, spearman
 from assay.verify import compare, detectable, verify
@@ -55,7 +54,7 @@ def summarise(job: Job) -> dict[str, Any]:
         "agreement": _agreement(ranked),
         "contamination": _contamination(job),
         "pipelines": _pipelines(job),
-        "checks": _checks(job),
+        "checks": checks.of(job),
         "files": {a["name"]: f"dataset/{a['name']}" for a in arms if a["verdict"] != "baseline"},
     }  # fmt: skip
 
@@ -302,46 +301,3 @@ def _contamination(job: Job) -> dict[str, Any]:
         "items": hits.items, "hits": len(hits.ids), "by_half": hits.by_half, "ngram": 13, "examples": hits.examples,
         "planted_recall": sum(i in found for i in leaks) / len(leaks) if leaks else None,
     }  # fmt: skip
-
-
-def _notes(job: Job) -> list[tuple[str, str, dict[str, Any]]]:
-    """Whose, what and the note: of every arm and filter, then of the Tables that these rest on, each once."""
-    filters = [(f"filter {m.name}", m) for m in {canonical(m.spec()): m for m in job.sifters}.values()]
-    tables = [(name, job.measurer.path(method, job.pool)) for name, method in [*filters, *job.methods.items()]]
-    inner = dict.fromkeys(path.parent / step for _, path in tables for step in closure(path))
-    asked = {path for _, path in tables}
-    tables += [("", path) for path in inner if path not in asked and (path / "manifest.json").exists()]
-    found: dict[Any, tuple[str, str, dict[str, Any]]] = {}
-    for name, path in tables:
-        meta = Table.open(path).meta
-        own = meta["estimator"]["name"]
-        for what, note in meta.get("notes", {}).items():
-            # Of features over the pool and over the target, and the like, one is enough: one that is not ok, if any.
-            key = path if name else own, what
-            if key not in found or note.get("ok") is False:
-                found[key] = name or own, what.removeprefix(f"{own}: "), note
-    return list(found.values())
-
-
-def _checks(job: Job) -> list[dict[str, Any]]:
-    """What methods measured of themselves, `ok` where it has a bound; and invariants of every run, which are rules."""
-    checks = [
-        {"name": f"{name}: {what}", "ok": note.get("ok"), "detail": note["detail"]} for name, what, note in _notes(job)
-    ]
-
-    def rule(name: str, ok: bool, detail: str) -> None:
-        checks.append({"name": name, "ok": ok, "detail": detail, "rule": True})
-
-    for name, method in job.methods.items():
-        ids = job.measurer.table(method).ids
-        whole = len(ids) == len(job.pool) and bool((ids == job.pool.ids).all())
-        rule(f"{name}: every id scored once", whole, f"{len(ids)} of {len(job.pool)} rows")
-    limit, unit = job.budget.amount, job.budget.unit
-    for name, selection in job.selections.items():
-        if name != "everything":
-            used = int(job.sizes[positions(job.pool.ids, selection.ids)].sum()) if unit == "tokens" else len(selection)
-            rule(f"{name}: within budget", used <= limit, f"{used:,} of {limit:,} {unit}")
-    for name, selection in job.selections.items():
-        clean = not np.isin(selection.ids, job.hits.ids).any()
-        rule(f"{name}: no contaminated row", clean, f"{len(job.hits.ids)} rows barred")
-    return checks

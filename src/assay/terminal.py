@@ -14,6 +14,8 @@ from rich.text import Text
 from assay.core.progress import Progress
 
 MARKS = {"better": "▲", "worse": "▼", "unresolved": "·"}
+# Failed checks that are told one by one.
+SHOWN = 5
 STYLES = {"better": "bold green", "worse": "red", "unresolved": "yellow", "baseline": "dim"}
 
 
@@ -205,9 +207,11 @@ def show_result(result: dict[str, Any], console: Console | None = None) -> None:
         else "No gain: no arm was shown to beat random selection at this budget."
     )
     console.print(Text(text, "bold"))
-    for check in result["checks"]:
-        if check["ok"] is False:
-            console.print(Text(f"check failed: {check['name']}: {check['detail']}", "bold red"))
+    failed = [check for check in result["checks"] if check["ok"] is False]
+    for check in failed[:SHOWN]:
+        console.print(Text(f"check failed: {check['name']}: {check['detail']}", "bold red"))
+    if failed[SHOWN:]:
+        console.print(Text(f"{len(failed) - SHOWN} more checks failed: see the report", "bold red"))
 
 
 def show_league(record: dict[str, Any], console: Console | None = None) -> None:

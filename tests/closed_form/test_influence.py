@@ -158,8 +158,12 @@ def test_lissa_of_minibatches_nears_the_same_scores(deep: World, tmp_path: Path)
     truth = explicit(deep, theta, "ggn", 1.0, "loss").mean(dim=1).numpy()
     spec = {"name": "influence", "solver": "lissa", "damping": 1.0, "minibatch": 10, "limit": 150, "tolerance": 1e-4}
     measurer = deep.measurer(tmp_path / "a", [deep.params(theta)])
-    found = measurer.table(make(Scorer, spec)).values[:, 0]
+    table = measurer.table(make(Scorer, spec))
+    found, noted = table.values[:, 0], table.meta["notes"]["influence: solve by lissa"]
     assert np.corrcoef(found, truth)[0, 1] > 0.99
+    assert 1e-3 < noted["residual"] < 0.1 and noted["ok"] and not measurer.warnings
+    short = measurer.table(make(Scorer, {**spec, "limit": 3})).meta["notes"]["influence: solve by lissa"]
+    assert short["residual"] > 0.1 and short["ok"] is False
     assert any("LiSSA stopped at residual" in w for w in measurer.warnings)
     order = np.random.default_rng(0).permutation(N)
     mixed = deep.pool.at(order)

@@ -143,7 +143,7 @@ class Context(Protocol):
         ...
 
     def note(self, what: str, detail: str, *, ok: bool | None = None, **numbers: Any) -> None:
-        """Keep what a method measured of itself, in its Table's meta and the report; `ok`: it is within its bound."""
+        """Keep what a method measured of itself, for the report. `ok`: within its bound; what is not stays."""
         ...
 
 

@@ -71,6 +71,14 @@ class Table:
         table._values, table._path, table._shards = None, path, shards
         return table
 
+    @staticmethod
+    def about(path: Path) -> dict[str, Any] | None:
+        """The meta of a finished table, none of whose numbers are read; None where there is none, or not as it was."""
+        try:
+            return _unsealed(path / "manifest.json")["meta"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def __len__(self) -> int:
         return len(self.ids)
 

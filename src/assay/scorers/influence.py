@@ -131,18 +131,17 @@ class Influence(Scorer):
         if self.solver in ("kfac", "ekfac"):
             return self._factored(context, params, names, index)(v)
         solution = self._solved(context, params, names, v, index, slow)
-        poor = POOR if self.solver == "arnoldi" else SHORT * self.tolerance
+        # A few vectors leave something out, and what is sampled keeps noise for long: ranks bear more than digits do.
+        poor = POOR if self.solver == "arnoldi" or self.minibatch else SHORT * self.tolerance
         said = f"{solution.iterations} products, residual {solution.residual:.1e}, damping {solution.damping:.3g}"
         if not solution.residual <= poor:
             called = {"cg": "CG", "lissa": "LiSSA"}.get(self.solver, self.solver)
             context.warn(
                 f"influence: {called} stopped at residual {solution.residual:.1e} after {solution.iterations} products"
             )
-        # What is sampled keeps its noise however long it runs.
-        well = None if self.minibatch else solution.residual <= poor
         context.note(
-            f"influence: solve by {self.solver}", said if well is None else f"{said} (to {poor:.0e} is well)",
-            ok=well, residual=solution.residual, products=solution.iterations, damping=solution.damping,
+            f"influence: solve by {self.solver}", f"{said} (to {poor:.0e} is well)", ok=solution.residual <= poor,
+            residual=solution.residual, products=solution.iterations, damping=solution.damping,
         )  # fmt: skip
         return solution.x
 

@@ -77,6 +77,8 @@ class SelfInfluence(Scorer):
             damping = self.damping / solve.training_time(context.trajectories[index])
         lower, probe = solve.factor(matrix, damping), rademacher(1, p, seed=0, label="probe")[0][:, None].double()
         found = solve.residual(lambda x: matrix @ x, probe.cholesky_solve(lower), probe, damping)
+        if not found <= SHORT:
+            context.warn(f"self_influence: the factors' residual is {found:.1e}; give more damping")
         context.note(
             "self_influence: factorised",
             f"residual {found:.1e} of a random vector (to {SHORT:.0e} is well), damping {damping:.3g}",
