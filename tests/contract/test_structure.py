@@ -26,7 +26,8 @@ LAYERS = [
     ("cli",), ("terminal", "template", "doctor", "plan", "demos"), ("report",), ("bench",), ("trust",),
     ("job", "store"),
     ("summary", "card", "proxies", "tasks", "ship"),
-    ("verify", "checks"), ("measure",), ("study",), ("specs",), ("features", "scorers", "selectors", "ordering", "filters"),
+    ("verify", "checks"), ("measure",), ("study",), ("specs",),
+    ("features", "scorers", "selectors", "ordering", "filters"),
     ("train", "data"),
     ("numerics", "engine"), ("core",),
 ]  # fmt: skip
