@@ -98,8 +98,13 @@ def card(arm: dict[str, Any], result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def checks(arm: dict[str, Any], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of an arm."""
+    return [one for one in result["checks"] if arm["name"] in one["arms"]]
+
+
 def _failed(arm: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    names = [one["name"] for one in result["checks"] if one["ok"] is False and arm["name"] in one["arms"]]
+    names = [one["name"] for one in checks(arm, result) if one["ok"] is False]
     return ["", "Checks that failed:", "", *(f"- {_plain(name)}" for name in names), ""] if names else []
 
 
@@ -112,8 +117,8 @@ def manifest(arm: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """What makes the dataset auditable, for machines."""
     keys = ("pool", "target", "budget", "training", "contamination", "environment", "study")
     filters = {k: v for k, v in pipeline(arm, result).items() if k != "arms"}
-    checks = [one for one in result["checks"] if arm["name"] in one["arms"]]
-    return {"assay": result["assay"], "arm": arm, "filters": filters, "checks": checks, **{k: result[k] for k in keys}}
+    own = {"arm": arm, "filters": filters, "checks": checks(arm, result)}
+    return {"assay": result["assay"], **own, **{k: result[k] for k in keys}}
 
 
 def _plain(text: str) -> str:

@@ -50,23 +50,22 @@ def _notes(job: Job) -> list[dict[str, Any]]:
     filters = [(f"filter {m.name}", m, arms) for m, arms in _filters(job)]
     asked = [*filters, *((name, method, [name]) for name, method in job.methods.items())]
     named = [(name, job.measurer.path(method, job.pool), arms) for name, method, arms in asked]
+    own = {path for _, path, _ in named}
     resting: dict[Path, list[str]] = {}
     for _, path, arms in named:
-        for step in closure(path)[1:]:
-            resting.setdefault(path.parent / step, []).extend(arms)
-    tables = {path for _, path, _ in named}
-    found: dict[Any, dict[str, Any]] = {}
-    for name, path, arms in named:
-        for said, note in _of(job, path):
-            found[path, name, said] = _check(f"{name}: {said}", note, arms)
+        for inside in (path.parent / step for step in closure(path)[1:]):
+            if inside not in own:
+                resting.setdefault(inside, []).extend(arms)
+    told = [_check(f"{name}: {said}", note, arms) for name, path, arms in named for said, note in _of(job, path)]
+    inner: dict[str, dict[str, Any]] = {}
     for path, several in resting.items():
         arms = list(dict.fromkeys(several))
         who = ", ".join(arms[:NAMED]) + (f" and {len(arms) - NAMED} more" if arms[NAMED:] else "")
-        for said, note in [] if path in tables else _of(job, path, who):
+        for said, note in _of(job, path, who):
             # Of several models there is one line: one that is not ok, if any.
-            if said not in found or note.get("ok") is False:
-                found[said] = _check(said, note, arms)
-    return list(found.values())
+            if said not in inner or note.get("ok") is False:
+                inner[said] = _check(said, note, arms)
+    return [*told, *inner.values()]
 
 
 def _check(name: str, note: dict[str, Any], arms: list[str]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+from assay.core.keys import without_nan
 
 
 def keep(notes: dict[str, Any], what: str, detail: str, ok: bool | None, numbers: dict[str, Any]) -> None:
@@ -16,13 +17,4 @@ def keep(notes: dict[str, Any], what: str, detail: str, ok: bool | None, numbers
     {'detail': 'residual nan', 'ok': False, 'residual': None}
     """
     if notes.get(what, {}).get("ok") is not False:
-        notes[what] = {"detail": detail, "ok": None if ok is None else bool(ok), **_finite(numbers)}
-
-
-def _finite(value: Any) -> Any:
-    """With None for numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        notes[what] = {"detail": detail, "ok": None if ok is None else bool(ok), **without_nan(numbers)}

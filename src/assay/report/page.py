@@ -21,6 +21,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from assay.core.errors import InputError
+from assay.core.keys import without_nan
 from assay.report import curves, figures, pipelines
 from assay.summary import LOT
 
@@ -350,18 +351,10 @@ def cut(text: Any, limit: int) -> str:
 
 def embedded(value: Any) -> Markup:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(without_nan(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return Markup(text)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shortened(value: Any, limit: int) -> Any:

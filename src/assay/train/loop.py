@@ -130,9 +130,13 @@ def advance(
     grads, loss = gradient(task, params, encoded, rows, weights, recipe.terms_per_step, noise)
     if not np.isfinite(loss):
         raise _diverged(f"the training loss is {loss} at step {step}", recipe)
+    return *optim.update(recipe, clipped(params, grads, moved, recipe), state, [params[n] for n in moved], step), loss
+
+
+def clipped(params: Params, grads: list[Tensor], moved: list[str], recipe: Recipe) -> list[Tensor]:
+    """Of the gradients of all parameters those of `moved`, clipped as the recipe says."""
     slope = dict(zip(params, grads, strict=True))
-    clipped, values = optim.clip([slope[n] for n in moved], recipe.clip), [params[n] for n in moved]
-    return *optim.update(recipe, clipped, state, values, step), loss
+    return optim.clip([slope[n] for n in moved], recipe.clip)
 
 
 def train(

@@ -151,9 +151,9 @@ class Training:
             self.noise(step, batch),
         )  # fmt: skip
         more, _ = loop.gradient(self.task, params, self.encoded, rows, zeta, terms)
-        slope = {n: a + b for n, a, b in zip(params, own, more, strict=True)}
-        clipped = optim.clip([slope[n] for n in self.moved], self.recipe.clip)
-        return State(*optim.update(self.recipe, clipped, state.slots, state.params, step))
+        both = [a + b for a, b in zip(own, more, strict=True)]
+        slopes = loop.clipped(params, both, self.moved, self.recipe)
+        return State(*optim.update(self.recipe, slopes, state.slots, state.params, step))
 
     def run(self, state: State, since: int, weights: np.ndarray | None = None) -> State:
         """The state at the end, from the one before the step `since`."""

@@ -11,7 +11,7 @@ from assay.core.errors import InputError
 from assay.core.method import Context
 from assay.core.selection import Selection
 from assay.core.task import Params
-from assay.train import loop, optim
+from assay.train import loop
 from assay.train.models import first_weights
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def mean_square(
     batch = next(loop.steps(recipe, Selection.everything(ids), encoded.sizes[rows]))
     noise = loop.noise_keys(task, ids[batch], recipe.seed, 0)
     grads, _ = loop.gradient(task, params, encoded, rows[batch], np.ones(len(batch)), recipe.terms_per_step, noise)
-    slope = dict(zip(params, grads, strict=True))
-    clipped = optim.clip([slope[n] for n in loop.trainable(task, params)], recipe.clip)
-    flat = torch.cat([g.reshape(-1) for g in clipped]).double()
+    flat = torch.cat(
+        [g.reshape(-1) for g in loop.clipped(params, grads, loop.trainable(task, params), recipe)]
+    ).double()
     flat = flat[flat != 0]
     return float(f"{float((flat * flat).mean()):.1e}") if len(flat) else 0.0
 
